@@ -1,0 +1,94 @@
+"""Point and Block: what is to be measured. No torch.
+
+Problem = LayerSpec x Traffic x direction; Variant = provider x precision x
+capacity rule x layout x scope; Point = Problem x Variant; Block = the points of
+one Problem, built and sampled together. Ratios exist only inside a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from moebench.catalogue.spec import LayerSpec
+
+SCHEMA_VERSION = 1
+
+DROPLESS = "dropless"
+DIRECTIONS = ("forward", "forward_backward")
+STAGES = ("gate", "plan", "permute", "up_projection", "down_projection", "combine")
+SCOPES = ("layer", "experts", *STAGES)
+PRECISIONS = ("fp32", "bf16", "fp16")
+LAYOUTS = ("single",)
+PHASES = ("prefill", "decode", "train", "")
+YARDSTICKS = ("copy", "read", "gemm")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer under traffic, in one direction.
+
+    Attributes:
+        model: preset id, or "custom" for plain numbers or a changed preset's "id*".
+        layer: the layer itself.
+        tokens: T.
+        traffic: pattern in its canonical spelling ("balanced", "zipf:1.2", ...).
+        direction: one of `DIRECTIONS`.
+        phase: a label only: prefill, decode, train or "".
+        seed: of weights, inputs and routing.
+    """
+
+    model: str
+    layer: LayerSpec
+    tokens: int
+    traffic: str = "balanced"
+    direction: str = "forward"
+    phase: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a Problem.
+
+    Attributes:
+        provider: name, or "path/to/file.py:function".
+        precision: one of `PRECISIONS`.
+        capacity_factor: a positive number, or "dropless".
+        layout: one of `LAYOUTS`.
+        scope: one of `SCOPES`.
+    """
+
+    provider: str
+    precision: str = "fp32"
+    capacity_factor: float | str = DROPLESS
+    layout: str = "single"
+    scope: str = "layer"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cell of a suite: a Problem computed by a Variant."""
+
+    problem: Problem
+    variant: Variant
+
+
+@dataclass(frozen=True)
+class Block:
+    """The points of one problem, in the order the suite names them."""
+
+    problem: Problem
+    variants: tuple[Variant, ...]
+
+    def points(self) -> list[Point]:
+        """One Point for each variant."""
+        return [Point(self.problem, variant) for variant in self.variants]
+
+
+def digest(value: object) -> str:
+    """16 hex digits of a dataclass's (or plain value's) canonical JSON and the schema version."""
+    plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value  # type: ignore[call-overload]
+    text = json.dumps([SCHEMA_VERSION, plain], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

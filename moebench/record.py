@@ -1,0 +1,223 @@
+"""Record, Manifest and the journal: what was measured, and how it is kept. No torch.
+
+A Record is a Point, a status and numbers. What was not measured is null, and a
+record that is not `measured` carries no performance number: the type refuses it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from moebench.point import SCHEMA_VERSION
+
+Status = Literal[
+    "measured",  # checked, then timed
+    "verified",  # checked, not timed; `checked_on` says on which shape
+    "inaccurate",
+    "failed",
+    "out_of_memory",
+    "timeout",
+    "crashed",
+    "unavailable",  # library or hardware missing
+    "not_applicable",
+    "skipped",  # budget, interruption
+]
+STATUSES: tuple[str, ...] = get_args(Status)
+GOOD = ("measured", "verified")
+# A point with one of these makes the run exit with 1; the rest are answers, not faults.
+FAULTS = ("inaccurate", "failed", "out_of_memory", "timeout", "crashed")
+
+PERFORMANCE = (
+    "timer", "latency_ms", "latency_ms_low", "latency_ms_high", "wall_ms", "prepare_ms", "samples_ms", "sample_round",
+    "tokens_per_s", "tflops", "gbytes_per_s", "s_mfu", "s_mbu", "limit_ms", "limit_fraction", "peak_memory_bytes",
+    "energy_source", "energy_j_per_token", "energy_net_j_per_token", "usd_per_mtok", "gco2_per_mtok",
+)  # fmt: skip
+
+
+class Record(BaseModel):
+    """One row of results.parquet; the fields are its columns, in order.
+
+    "Per token" is a token that enters one layer. Fractions (s_mfu, s_mbu,
+    limit_fraction, drop_rate) are 0..1; load_max_over_mean >= 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    run_id: str
+    block_id: str
+    point_id: str
+    suite: str
+    model: str
+    provider: str
+    provider_version: str | None = None
+    provider_hash: str | None = None
+    role: Literal["arm", "yardstick"] = "arm"
+    scope: str
+    direction: str
+    layout: str = "single"
+    n_devices: int = 1
+    device: str
+    precision: str
+    tokens: int
+    hidden_size: int
+    expert_ffn_size: int
+    routed_experts: int
+    top_k: int
+    shared_experts: int = 0
+    capacity_factor: float | None = None  # null: dropless
+    router: str
+    traffic: str
+    phase: str = ""
+    seed: int = 0
+    status: Status
+    reason: str | None = None
+    checked_on: str | None = None
+    timer: str | None = None
+    latency_ms: float | None = None  # median
+    latency_ms_low: float | None = None  # 95 % interval of the median
+    latency_ms_high: float | None = None
+    wall_ms: float | None = None
+    prepare_ms: float | None = None
+    samples_ms: list[float] | None = None
+    sample_round: list[int] | None = None
+    replicate: int = 0
+    tokens_per_s: float | None = None
+    tflops: float | None = None
+    executed_flops: float | None = None
+    gbytes_per_s: float | None = None
+    s_mfu: float | None = None
+    s_mbu: float | None = None
+    limit_ms: float | None = None
+    limit_fraction: float | None = None
+    peak_memory_bytes: int | None = None
+    energy_source: str | None = None
+    energy_j_per_token: float | None = None
+    energy_net_j_per_token: float | None = None
+    usd_per_mtok: float | None = None
+    gco2_per_mtok: float | None = None
+    rel_error: float | None = None
+    max_error: float | None = None
+    fidelity_error: float | None = None
+    drop_rate: float | None = None
+    load_max_over_mean: float | None = None
+    active_experts: float | None = None
+    flags: list[str] = []
+
+    @model_validator(mode="after")
+    def _no_number_without_a_measurement(self) -> Record:
+        if self.status == "measured":
+            missing = [name for name in ("timer", "latency_ms", "samples_ms") if getattr(self, name) is None]
+            if missing:
+                raise ValueError(f"a measured record needs {', '.join(missing)}")
+            return self
+        carried = [name for name in PERFORMANCE if getattr(self, name) is not None]
+        if carried:
+            raise ValueError(f"status {self.status!r} cannot carry {', '.join(carried)}")
+        if self.status != "verified" and not self.reason:
+            raise ValueError(f"status {self.status!r} needs a reason")
+        if self.status == "verified" and not self.checked_on:
+            raise ValueError("status 'verified' needs checked_on")
+        return self
+
+
+COLUMNS: tuple[str, ...] = tuple(Record.model_fields)
+
+
+class Manifest(BaseModel):
+    """Everything about where and how a run was made (manifest.json).
+
+    Attributes:
+        suite_hash: digest of the suite text and the overrides; `--resume` requires the same.
+        suite_text: the suite file(s) as read.
+        versions: moebench, python, torch, triton, numpy, ...
+        machine: host facts: cpu, cores, memory, gpu, driver, os.
+        ceilings: measured on this machine: {"gemm_tflops": {precision: x}, "copy_gbs": x, "read_gbs": x}; null: not measured.
+        hardware: the data-sheet row that applied, or null.
+        cost: inputs of the cost columns with their dates, or null where the device has no price.
+        providers: provider -> {"version", "hash"} or {"unavailable": reason}.
+        finished: "complete", "interrupted", or null while running (or killed).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    suite: str
+    question: str = ""
+    suite_hash: str
+    suite_text: str
+    overrides: dict[str, list[Any]] = {}
+    command: str
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    device: str
+    device_kind: Literal["cpu", "cuda"]
+    versions: dict[str, str] = {}
+    machine: dict[str, Any] = {}
+    ceilings: dict[str, Any] | None = None
+    hardware: dict[str, Any] | None = None
+    cost: dict[str, Any] | None = None
+    providers: dict[str, dict[str, Any]] = {}
+    points: int = 0
+    started_at: str
+    finished_at: str | None = None
+    finished: Literal["complete", "interrupted"] | None = None
+    sessions: int = 1  # 1 + number of resumes
+
+
+class Journal:
+    """journal.jsonl: a block's records are appended and fsynced together.
+
+    A torn last line (a write cut by a kill) is recognised and dropped; damage
+    anywhere else is an error, since silence would lose points.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Record]:
+        """All whole records, each point once.
+
+        Raises:
+            ValueError: a line before the last is not a record.
+        """
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes().split(b"\n")
+        torn = lines.pop()  # b"" when the file ends in a newline
+        records = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                record = Record.model_validate_json(line)
+            except ValidationError as error:
+                what = error.errors()[0]["msg"]
+                raise ValueError(f"{self.path}: line {number} is not a record: {what}") from None
+            records[record.point_id] = record
+        if torn:
+            self._drop_tail(len(torn))
+        return list(records.values())
+
+    def append(self, records: list[Record]) -> None:
+        """Write the records of one block durably, in one write."""
+        if not records:
+            return
+        text = "".join(record.model_dump_json() + "\n" for record in records)
+        with self.path.open("ab") as file:
+            start = file.tell()
+            try:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                # A full disk can leave half a block: take it back, so that the journal stays whole.
+                os.truncate(self.path, start)
+                raise
+
+    def _drop_tail(self, size: int) -> None:
+        with self.path.open("r+b") as file:
+            file.seek(-size, os.SEEK_END)
+            file.truncate()

@@ -1,0 +1,1 @@
+"""The suites that ship with moebench: TOML files, one question each."""
