@@ -180,34 +180,32 @@ class Journal:
         self.path = path
 
     def read(self) -> list[Record]:
-        """All whole records, each point once.
+        """All whole records, each point once (the last one written stands).
 
         Raises:
             ValueError: a line before the last is not a record.
         """
         if not self.path.exists():
             return []
-        lines = self.path.read_bytes().split(b"\n")
-        torn = lines.pop()  # b"" when the file ends in a newline
+        whole = self.path.read_bytes().split(b"\n")[:-1]  # after the last newline: nothing, or a torn line
         records = {}
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(whole, 1):
             try:
                 record = Record.model_validate_json(line)
             except ValidationError as error:
                 what = error.errors()[0]["msg"]
                 raise ValueError(f"{self.path}: line {number} is not a record: {what}") from None
             records[record.point_id] = record
-        if torn:
-            self._drop_tail(len(torn))
         return list(records.values())
 
     def append(self, records: list[Record]) -> None:
-        """Write the records of one block durably, in one write."""
+        """Write the records of one block durably, in one write, after the last whole line."""
         if not records:
             return
         text = "".join(record.model_dump_json() + "\n" for record in records)
         with self.path.open("ab") as file:
-            start = file.tell()
+            start = self._end_of_whole_lines()
+            file.truncate(start)
             try:
                 file.write(text.encode())
                 file.flush()
@@ -217,7 +215,14 @@ class Journal:
                 os.truncate(self.path, start)
                 raise
 
-    def _drop_tail(self, size: int) -> None:
-        with self.path.open("r+b") as file:
-            file.seek(-size, os.SEEK_END)
-            file.truncate()
+    def _end_of_whole_lines(self) -> int:
+        with self.path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            while end > 0:
+                start = max(0, end - 65536)
+                file.seek(start)
+                newline = file.read(end - start).rfind(b"\n")
+                if newline >= 0:
+                    return start + newline + 1
+                end = start
+        return 0
