@@ -1,0 +1,111 @@
+"""Work: how many FLOPs and bytes a problem needs, whoever computes it. No torch.
+
+Follows MoE-CAP (arXiv 2412.07067, section 4) in layer form. T tokens, D hidden
+size, F expert width, E experts, A experts that kept a token, b bytes per weight;
+`kept` counts the (token, expert) assignments that were not dropped, T*K when
+dropless. m is 2 input maps for gated experts and 1 for the others.
+
+    up_projection     2*m*D*F per kept assignment      A*m*D*F*b weight bytes
+    down_projection   2*D*F per kept assignment        A*D*F*b
+    gate              2*E*D per token                  E*D*b
+    shared experts    2*(m+1)*D*Fs per token           (m+1)*D*Fs*b
+
+Copies, activations and the weighted sum are not counted as FLOPs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moebench.catalogue.spec import LayerSpec
+from moebench.point import STAGES, Problem, Variant
+
+BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
+ID_BYTES = 8  # int64
+GATE_WEIGHT_BYTES = 4  # float32
+
+
+@dataclass(frozen=True)
+class Work:
+    """What must be done at least once.
+
+    Attributes:
+        flops: useful FLOPs (W); a multiply-add is two.
+        weight_bytes: weights of the experts that kept a token, router and shared experts.
+        input_bytes: distinct inputs read.
+        output_bytes: outputs written.
+    """
+
+    flops: float
+    weight_bytes: float
+    input_bytes: float
+    output_bytes: float
+
+    @property
+    def compulsory_bytes(self) -> float:
+        """Distinct inputs, active weights and outputs, each once."""
+        return self.weight_bytes + self.input_bytes + self.output_bytes
+
+
+def expected_active(layer: LayerSpec, tokens: int) -> float:
+    """Experts hit by T tokens that choose uniformly: E * (1 - (1 - K/E)^T)."""
+    E, K = layer.routed_experts, layer.top_k
+    return E * (1.0 - (1.0 - K / E) ** tokens)
+
+
+def point_work(
+    problem: Problem, variant: Variant, *, active_experts: float | None = None, kept: float | None = None
+) -> Work:
+    """Work of one call.
+
+    Args:
+        active_experts: A as routed; the expectation of uniform routing where it is not known yet.
+        kept: kept assignments as routed; all T*K where not known yet.
+    """
+    layer, tokens = problem.layer, problem.tokens
+    A = expected_active(layer, tokens) if active_experts is None else active_experts
+    kept = float(tokens * layer.top_k) if kept is None else kept
+    b = BYTES_PER_WEIGHT[variant.precision]
+    work = _forward(layer, tokens, A, kept, b, variant.scope)
+    return _with_backward(work) if problem.direction == "forward_backward" else work
+
+
+def stage_work(layer: LayerSpec, tokens: int, active_experts: float, kept: float, b: float) -> dict[str, Work]:
+    """Work of each stage alone, its intermediate inputs and outputs included."""
+    T, D, F, E, K = tokens, layer.hidden_size, layer.expert_ffn_size, layer.routed_experts, layer.top_k
+    m = 2 if layer.gated else 1
+    routing_bytes = T * K * (ID_BYTES + GATE_WEIGHT_BYTES)
+    return {
+        "gate": Work(2.0 * T * E * D, E * D * b, T * D * b, routing_bytes),
+        "plan": Work(0.0, 0.0, T * K * ID_BYTES, kept * ID_BYTES),
+        "permute": Work(0.0, 0.0, min(T, kept) * D * b, kept * D * b),
+        "up_projection": Work(kept * 2 * m * D * F, active_experts * m * D * F * b, kept * D * b, kept * F * b),
+        "down_projection": Work(kept * 2 * D * F, active_experts * D * F * b, kept * F * b, kept * D * b),
+        "combine": Work(0.0, 0.0, kept * D * b + T * K * GATE_WEIGHT_BYTES, T * D * b),
+    }
+
+
+def shared_work(layer: LayerSpec, tokens: int, b: float) -> tuple[float, float]:
+    """(FLOPs, weight bytes) of the shared experts and the gate on them."""
+    params = layer.shared_params()
+    return 2.0 * tokens * params, params * b
+
+
+def _forward(layer: LayerSpec, tokens: int, active: float, kept: float, b: float, scope: str) -> Work:
+    stages = stage_work(layer, tokens, active, kept, b)
+    if scope in STAGES:
+        return stages[scope]
+    experts = (stages["up_projection"], stages["down_projection"])
+    flops = sum(stage.flops for stage in experts)
+    weights = sum(stage.weight_bytes for stage in experts)
+    hidden = tokens * layer.hidden_size * b
+    if scope == "experts":
+        return Work(flops, weights, hidden + tokens * layer.top_k * (ID_BYTES + GATE_WEIGHT_BYTES), hidden)
+    shared_flops, shared_bytes = shared_work(layer, tokens, b)
+    gate = stages["gate"]
+    return Work(flops + gate.flops + shared_flops, weights + gate.weight_bytes + shared_bytes, hidden, hidden)
+
+
+def _with_backward(work: Work) -> Work:
+    """Forward and backward: 3W; every operand's gradient is as large as the operand."""
+    return Work(3 * work.flops, 2 * work.weight_bytes, 2 * work.input_bytes, 2 * work.output_bytes)
