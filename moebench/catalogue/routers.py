@@ -27,20 +27,33 @@ class RouterInfo:
 
 
 ROUTERS: dict[str, RouterInfo] = {
-    "softmax_topk": RouterInfo("top-k of softmax(z); weights are the selected values, renormalised if asked",
-                               "OLMoE, Qwen, DBRX", built=True),
+    "softmax_topk": RouterInfo(
+        "top-k of softmax(z); weights are the selected values, renormalised if asked", "OLMoE, Qwen, DBRX", built=True
+    ),
     "topk_softmax": RouterInfo("softmax over the k largest z", "Mixtral, gpt-oss", built=True),
-    "switch_top1": RouterInfo("top-1 of softmax(z); its value scales the output", "Switch, arXiv 2101.03961", built=True),
-    "sigmoid_bias": RouterInfo("top-k of sigmoid(z) + b (within the best groups); weights without b",
-                               "DeepSeek-V3, arXiv 2412.19437"),
-    "group_limited": RouterInfo("softmax(z); top-k inside the best groups (group score: max)",
-                                "DeepSeek-V2, arXiv 2405.04434"),
-    "gshard_top2": RouterInfo("top-2 of softmax(z), renormalised; second kept if 2 g2 > U(0,1)",
-                              "GShard, arXiv 2006.16668"),
-    "noisy_topk": RouterInfo("softmax over the k largest of xW + noise", "Shazeer 2017, arXiv 1701.06538", linear=False),
+    "switch_top1": RouterInfo(
+        "top-1 of softmax(z); its value scales the output", "Switch, arXiv 2101.03961", built=True
+    ),
+    "sigmoid_bias": RouterInfo(
+        "top-k of sigmoid(z) + b (within the best groups); weights without b", "DeepSeek-V3, arXiv 2412.19437"
+    ),
+    "group_limited": RouterInfo(
+        "softmax(z); top-k inside the best groups (group score: max)", "DeepSeek-V2, arXiv 2405.04434"
+    ),
+    "gshard_top2": RouterInfo(
+        "top-2 of softmax(z), renormalised; second kept if 2 g2 > U(0,1)", "GShard, arXiv 2006.16668"
+    ),
+    "gumbel_top2": RouterInfo(
+        "first of softmax(z), second of z + Gumbel noise; the two values renormalised",
+        "DeepSpeed-MoE, arXiv 2201.05596",
+    ),
+    "noisy_topk": RouterInfo(
+        "softmax over the k largest of xW + noise", "Shazeer 2017, arXiv 1701.06538", linear=False
+    ),
     "noisy_softmax_topk": RouterInfo("top-k of softmax(z + N(0, 1/E^2))", "V-MoE, arXiv 2106.05974"),
-    "hierarchical_noisy_topk": RouterInfo("top-k of groups, then of experts inside each",
-                                          "Shazeer 2017, arXiv 1701.06538", linear=False),
+    "hierarchical_noisy_topk": RouterInfo(
+        "top-k of groups, then of experts inside each", "Shazeer 2017, arXiv 1701.06538", linear=False
+    ),
     "cosine": RouterInfo("z = cos(Px, w) * min(exp(tau), 100); top-k of softmax", "Swin-MoE (Tutel)", linear=False),
     "logit_standardised": RouterInfo("softmax((z - mean) / std); top-k", "Skywork-MoE, arXiv 2406.06563"),
     "sigmoid_input": RouterInfo("top-1 of z; sigmoid(z) multiplies the expert's input", "Llama 4"),
@@ -48,7 +61,14 @@ ROUTERS: dict[str, RouterInfo] = {
     "sparsemixer": RouterInfo("one masked softmax per pick", "Phi-3.5-MoE"),
     "softcap_softmax_topk": RouterInfo("top-k of softmax(30 tanh(z / 30))", "Grok-2"),
     "recycle_top1": RouterInfo("softmax top-1; tokens over capacity go to random experts with room", "Hunyuan-Large"),
-    "product_key": RouterInfo("product-key retrieval over single-neuron experts", "PEER, arXiv 2407.04153", linear=False),
+    "product_key": RouterInfo(
+        "product-key retrieval over single-neuron experts", "PEER, arXiv 2407.04153", linear=False
+    ),
     "sqrt_softplus_bias": RouterInfo("top-k of sqrt(softplus(z)) + b", "DeepSeek-V4"),
+    "hash_sqrt_softplus": RouterInfo(
+        "experts = table[token id]; weights sqrt(softplus(z)) of those, renormalised",
+        "DeepSeek-V4, first layers",
+        linear=False,
+    ),
     "hash": RouterInfo("expert = table[token id], weight 1", "Hash Layers, arXiv 2106.04426", linear=False),
 }

@@ -141,6 +141,7 @@ class ModelSpec:
         published_total / published_active: as its makers state them.
         alias_of: id of the identical preset, if any.
         unavailable: why no layer can be built (undisclosed, partly known); null for presets.
+        uncounted: why computed_total is null, or what it leaves out; null where everything is counted.
         source: where the numbers come from.
         notes: what a reader should know.
     """
@@ -155,6 +156,7 @@ class ModelSpec:
     published_active: float | None = None
     alias_of: str | None = None
     unavailable: str | None = None
+    uncounted: str | None = None
     source: str = ""
     notes: str = ""
 

@@ -1,0 +1,1 @@
+"""The catalogue: published models, any Hugging Face config.json, hardware. No torch."""
