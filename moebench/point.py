@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from moebench.catalogue.spec import LayerSpec
+from moebench.catalogue.spec import LayerSpec, RouterSpec
 
 SCHEMA_VERSION = 1
 
@@ -92,3 +93,10 @@ def digest(value: object) -> str:
     plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value  # type: ignore[call-overload]
     text = json.dumps([SCHEMA_VERSION, plain], sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def problem_from_json(plain: dict[str, Any]) -> Problem:
+    """The Problem whose `asdict` this is."""
+    layer = dict(plain["layer"])
+    layer["router"] = RouterSpec(**layer["router"])
+    return Problem(**{**plain, "layer": LayerSpec(**layer)})

@@ -1,0 +1,74 @@
+"""Errors against the oracle, and how large they may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A sum of D ~ 10^3 products in the precision, twice, with float32 accumulation, errs by a few
+# of its units; these are about ten times what eager PyTorch shows on normal data.
+REL_TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 3e-2}
+MAX_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2, "bf16": 3e-1}
+EAGER_FACTOR = 3.0
+# Gradients pass through three GEMMs instead of two and through the activation's slope.
+BACKWARD_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far an answer is from the oracle's.
+
+    Attributes:
+        rel: ||y - ref|| / ||ref||.
+        max: largest |y - ref| over RMS(ref).
+    """
+
+    rel: float
+    max: float
+
+    def worst(self, other: Errors) -> Errors:
+        """The larger of each; NaN, which no comparison ranks, stays."""
+        return Errors(_larger(self.rel, other.rel), _larger(self.max, other.max))
+
+    def scaled(self, factor: float) -> Errors:
+        """Both divided by a factor, to compare parts that have different tolerances."""
+        return Errors(self.rel / factor, self.max / factor)
+
+
+NO_ERROR = Errors(0.0, 0.0)
+
+
+def errors_of(actual: Tensor, expected: Tensor) -> Errors:
+    """Errors of `actual` (any float dtype) against `expected` (float64) of the same shape; NaN counts as NaN."""
+    difference = actual.double().cpu() - expected.cpu()
+    reference = expected.cpu()
+    if not difference.numel():
+        return NO_ERROR
+    rms = float(reference.square().mean().sqrt())
+    if rms == 0.0:  # an answer that must be exactly zero
+        worst = float(difference.abs().max())
+        return NO_ERROR if worst == 0.0 else Errors(float("inf"), float("inf"))
+    return Errors(float(difference.norm() / reference.norm()), float(difference.abs().max()) / rms)
+
+
+def tolerance(precision: str, eager: Errors) -> Errors:
+    """max(table by precision, 3 x the error of eager PyTorch in that precision)."""
+    return Errors(
+        max(REL_TOLERANCE[precision], EAGER_FACTOR * eager.rel),
+        max(MAX_TOLERANCE[precision], EAGER_FACTOR * eager.max),
+    )
+
+
+def verdict(errors: Errors, allowed: Errors) -> str | None:
+    """Why the answer is inaccurate, or None. A NaN error is inaccurate."""
+    if not errors.rel <= allowed.rel:
+        return f"relative error {errors.rel:.3g} against the float64 oracle; allowed is {allowed.rel:.3g}"
+    if not errors.max <= allowed.max:
+        return f"largest error {errors.max:.3g} of the RMS against the float64 oracle; allowed is {allowed.max:.3g}"
+    return None
+
+
+def _larger(a: float, b: float) -> float:
+    return float(torch.tensor([a, b], dtype=torch.float64).max())  # max propagates NaN

@@ -1,0 +1,294 @@
+"""The provider contract: prepare(weights) -> state, run(state, inputs) -> output.
+
+Most providers are one function of the experts; `ExpertsProvider` gives such a
+function the scopes `experts` and `layer`. `StagedProvider` is for those that can
+be taken apart: its six stages also run, and are timed, alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebench.catalogue.spec import LayerSpec
+from moebench.point import DROPLESS, STAGES
+from moebench.routing import apply_capacity, capacity_slots, route
+from moebench.workload import Inputs, Weights
+
+ExpertsFn = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a provider is asked to do, in full.
+
+    Attributes:
+        layer, tokens, direction, precision, capacity_factor, scope: as in Problem and Variant.
+        device_kind: "cpu" or "cuda".
+    """
+
+    layer: LayerSpec
+    tokens: int
+    direction: str
+    precision: str
+    capacity_factor: float | str
+    scope: str
+    device_kind: str
+
+    @property
+    def slots(self) -> int | None:
+        """Capacity C of each expert; None when dropless."""
+        return capacity_slots(self.capacity_factor, self.tokens, self.layer.top_k, self.layer.routed_experts)
+
+
+class Provider(Protocol):
+    """What the worker needs of a provider."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Digest of whatever its answer and speed depend on; `--resume` requires the same."""
+    def refuse(self, case: Case) -> str | None:
+        """Why it cannot do the case, or None."""
+    def interpreted(self, device_kind: str) -> bool:
+        """Whether it only runs in an interpreter here: then it is verified on a reduced twin, never timed."""
+    def prepare(self, weights: Weights, case: Case) -> Any:
+        """Everything that is done once per layer, outside the timing."""
+    def scope_inputs(self, state: Any, inputs: Inputs) -> Any:
+        """What `run` takes for the case's scope; static buffers, made outside the timing."""
+    def run(self, state: Any, inputs: Any) -> Any:
+        """One call. Autograd must be able to follow it where `refuse` allows forward_backward."""
+    def executed_flops(self, case: Case, counts: Tensor) -> float | None:
+        """FLOPs really executed forward, padding included, given kept assignments per expert [E]."""
+
+
+def activate(rows: Tensor, activation: str) -> Tensor:
+    """[n, m*F] -> [n, F]; gate columns come first."""
+    if activation in ("swiglu", "geglu"):
+        gate, up = rows.chunk(2, dim=-1)
+        return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * up
+    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](rows)
+
+
+BUILT_ACTIVATIONS = ("swiglu", "geglu", "relu", "gelu", "silu")
+
+
+@dataclass(frozen=True)
+class State:
+    """Weights as a provider wants them, and the case they are for."""
+
+    weights: Weights
+    case: Case
+    experts: ExpertsFn
+
+
+@dataclass(frozen=True)
+class ExpertsProvider:
+    """A provider made of one function.
+
+    Attributes:
+        name: as suites call it.
+        experts: f(x [T, D], ids [T, K], weights [T, K], w_gate_up, w_down, *, activation, slots) -> y [T, D];
+            ids are -1 and weights 0 where dropped; `slots` is the capacity C or None.
+        version: of the library behind it.
+        limits: further reasons to refuse a case.
+        flops_executed: as `executed_flops`; the default counts kept assignments only.
+        accepts_drops: whether ids may be -1.
+        plain: whether `experts` takes the five tensors only (a user's kernel).
+        activations: those it computes.
+    """
+
+    name: str
+    experts: ExpertsFn
+    version: str = f"torch {torch.__version__}"
+    limits: Callable[[Case], str | None] = lambda case: None
+    flops_executed: Callable[[Case, Tensor], float | None] | None = None
+    accepts_drops: bool = True
+    plain: bool = False
+    activations: tuple[str, ...] = BUILT_ACTIVATIONS
+
+    def fingerprint(self) -> str:
+        return source_digest(self.experts, self.version)
+
+    def interpreted(self, device_kind: str) -> bool:
+        return False
+
+    def refuse(self, case: Case) -> str | None:
+        if case.scope in STAGES:
+            return f"{self.name} is one function of the experts and has no stage {case.scope!r} of its own"
+        if case.layer.activation not in self.activations:
+            return f"{self.name} does not compute activation {case.layer.activation!r}"
+        if case.capacity_factor != DROPLESS and not self.accepts_drops:
+            return f"{self.name} does not accept dropped assignments (set accepts_drops = True on the function)"
+        return self.limits(case)
+
+    def prepare(self, weights: Weights, case: Case) -> State:
+        return State(weights, case, self.bind(case))
+
+    def bind(self, case: Case) -> ExpertsFn:
+        """The experts function for the case, of the five tensors alone."""
+        if self.plain:
+            return self.experts
+        activation, slots, experts = case.layer.activation, case.slots, self.experts
+        return lambda x, ids, gates, w_gate_up, w_down: experts(
+            x, ids, gates, w_gate_up, w_down, activation=activation, slots=slots
+        )
+
+    def scope_inputs(self, state: State, inputs: Inputs) -> Inputs:
+        return inputs
+
+    def run(self, state: State, inputs: Inputs) -> Tensor:
+        weights, case = state.weights, state.case
+        if case.scope == "experts":
+            return state.experts(inputs.x, inputs.ids, inputs.weights, weights.w_gate_up, weights.w_down)
+        ids, gates = self.gate(inputs.x, weights.router, case)
+        ids, gates = apply_capacity(ids, gates, case.slots, case.layer.routed_experts)
+        y = state.experts(inputs.x, ids, gates, weights.w_gate_up, weights.w_down)
+        return add_shared(y, inputs.x, weights, case.layer)
+
+    def gate(self, x: Tensor, router: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+        """x [T, D], router [E, D] -> ids [T, K], weights float32 [T, K]."""
+        return route(case.layer, x @ router.T)
+
+    def executed_flops(self, case: Case, counts: Tensor) -> float | None:
+        if self.plain:
+            return None  # a stranger's kernel does not say what it pads
+        rows = float(counts.sum()) if self.flops_executed is None else self.flops_executed(case, counts)
+        return None if rows is None else rows * 2 * case.layer.expert_params()
+
+
+def add_shared(y: Tensor, x: Tensor, weights: Weights, layer: LayerSpec) -> Tensor:
+    """Add the always-on experts to the routed sum [T, D]."""
+    if weights.shared_gate_up is None or weights.shared_down is None:
+        return y
+    out = activate(x @ weights.shared_gate_up.T, layer.activation) @ weights.shared_down.T
+    if weights.shared_gate is not None:
+        out = torch.sigmoid(x @ weights.shared_gate.T) * out
+    return y + out
+
+
+@dataclass(frozen=True)
+class Stages:
+    """An experts function taken apart.
+
+    Attributes:
+        gate: (x, router, case) -> ids, weights.
+        plan: (ids, case) -> plan, of the provider's own type.
+        permute: (x, plan) -> rows [R, D]; R may contain padding.
+        up_projection: (rows, w_gate_up, plan, activation) -> [R, F].
+        down_projection: (hidden, w_down, plan) -> [R, D].
+        combine: (rows, weights, plan) -> y [T, D].
+        row_map: plan -> int64 [R], the flat assignment t*K+k of each row, -1 for padding.
+        row_experts: plan -> int64 [R], the expert of each row (anything where padding).
+    """
+
+    gate: Callable[..., tuple[Tensor, Tensor]]
+    plan: Callable[..., Any]
+    permute: Callable[..., Tensor]
+    up_projection: Callable[..., Tensor]
+    down_projection: Callable[..., Tensor]
+    combine: Callable[..., Tensor]
+    row_map: Callable[[Any], Tensor]
+    row_experts: Callable[[Any], Tensor]
+
+    def experts(self, inputs: Inputs, weights: Weights, case: Case) -> Tensor:
+        """All stages from the plan on."""
+        plan = self.plan(inputs.ids, case)
+        rows = self.permute(inputs.x, plan)
+        hidden = self.up_projection(rows, weights.w_gate_up, plan, case.layer.activation)
+        return self.combine(self.down_projection(hidden, weights.w_down, plan), inputs.weights, plan)
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What a stage alone takes: the inputs, and what the stages before it made of them."""
+
+    inputs: Inputs
+    plan: Any = None
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StagedProvider(ExpertsProvider):
+    """A provider whose stages run alone too; `experts` is not used."""
+
+    stages: Stages | None = None
+    interpreted_on: tuple[str, ...] = ()
+
+    def fingerprint(self) -> str:
+        return source_digest(self.steps.plan, self.version)
+
+    @property
+    def steps(self) -> Stages:
+        """The stages, which a staged provider always has."""
+        assert self.stages is not None
+        return self.stages
+
+    def interpreted(self, device_kind: str) -> bool:
+        return device_kind in self.interpreted_on
+
+    def refuse(self, case: Case) -> str | None:
+        if case.scope in STAGES and case.direction != "forward":
+            return "stages are measured forward only"
+        staged = replace(case, scope="experts") if case.scope in STAGES else case
+        return super().refuse(staged)
+
+    def bind(self, case: Case) -> ExpertsFn:
+        def experts(x: Tensor, ids: Tensor, gates: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+            return self.steps.experts(Inputs(x, ids, gates), Weights(x, w_gate_up, w_down), case)
+
+        return experts
+
+    def gate(self, x: Tensor, router: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+        return self.steps.gate(x, router, case)
+
+    def scope_inputs(self, state: State, inputs: Inputs) -> Inputs | StageInputs:
+        scope, stages, weights = state.case.scope, self.steps, state.weights
+        if scope not in STAGES:
+            return inputs
+        if scope in ("gate", "plan"):
+            return StageInputs(inputs)
+        plan = stages.plan(inputs.ids, state.case)
+        if scope == "permute":
+            return StageInputs(inputs, plan)
+        rows = stages.permute(inputs.x, plan)
+        if scope in ("down_projection", "combine"):
+            rows = stages.up_projection(rows, weights.w_gate_up, plan, state.case.layer.activation)
+        if scope == "combine":
+            rows = stages.down_projection(rows, weights.w_down, plan)
+        return StageInputs(inputs, plan, rows)
+
+    def run(self, state: State, inputs: Any) -> Any:
+        case, stages, weights = state.case, self.steps, state.weights
+        if case.scope not in STAGES:
+            return super().run(state, inputs)
+        given: StageInputs = inputs
+        match case.scope:
+            case "gate":
+                return stages.gate(given.inputs.x, weights.router, case)
+            case "plan":
+                return stages.plan(given.inputs.ids, case)
+            case "permute":
+                return stages.permute(given.inputs.x, given.plan)
+            case "up_projection":
+                return stages.up_projection(given.rows, weights.w_gate_up, given.plan, case.layer.activation)
+            case "down_projection":
+                return stages.down_projection(given.rows, weights.w_down, given.plan)
+        return stages.combine(given.rows, given.inputs.weights, given.plan)
+
+
+def source_digest(function: Callable[..., Any], *more: str) -> str:
+    """16 hex digits of the source file that defines a function, and of further text."""
+    source = inspect.getsourcefile(inspect.unwrap(function))
+    text = Path(source).read_bytes() if source else b""
+    return hashlib.sha256(text + "\0".join(more).encode()).hexdigest()[:16]

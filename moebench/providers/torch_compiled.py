@@ -1,0 +1,67 @@
+"""torch-compile: torch.compile of the grouped form, or of the bmm form where grouped_mm cannot be traced.
+
+Inductor takes grouped_mm in bfloat16 only, so fp32 and fp16 compile the bmm
+form; its slot count, when dropless, is read outside the compiled function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebench.providers import torch_bmm, torch_grouped
+from moebench.providers.base import Case, ExpertsFn, ExpertsProvider
+
+
+def bmm_form(
+    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str, slots: int
+) -> Tensor:
+    """The torch-bmm experts for a known number of slots: x [T, D] -> y [T, D]."""
+    plan = torch_bmm.slot_plan(ids, w_down.shape[0], slots)
+    hidden = torch_bmm.up_projection(torch_bmm.permute(x, plan), w_gate_up, plan, activation)
+    return torch_bmm.combine(torch_bmm.down_projection(hidden, w_down, plan), weights, plan)
+
+
+def grouped_form(
+    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str
+) -> Tensor:
+    """The torch-grouped experts: x [T, D] -> y [T, D]."""
+    plan = torch_grouped.sort_plan(ids, w_down.shape[0])
+    hidden = torch_grouped.up_projection(torch_grouped.permute(x, plan), w_gate_up, plan, activation)
+    return torch_grouped.combine(torch_grouped.down_projection(hidden, w_down, plan), weights, plan)
+
+
+def traces_grouped(case: Case) -> bool:
+    """Whether the grouped form is the one compiled."""
+    return case.precision == "bf16" and torch_grouped.limits(case) is None
+
+
+def compile_for(case: Case) -> ExpertsFn:
+    """The experts function of the case, compiled at its first call."""
+    activation, slots, experts = case.layer.activation, case.slots, case.layer.routed_experts
+    if traces_grouped(case):
+        grouped: Callable[..., Tensor] = torch.compile(grouped_form, fullgraph=True)
+        return lambda x, ids, gates, w_gate_up, w_down: grouped(x, ids, gates, w_gate_up, w_down, activation)
+    bmm: Callable[..., Tensor] = torch.compile(bmm_form, fullgraph=True)
+    return lambda x, ids, gates, w_gate_up, w_down: bmm(
+        x, ids, gates, w_gate_up, w_down, activation, slots or torch_bmm.largest_load(ids, experts)
+    )
+
+
+def rows_executed(case: Case, counts: Tensor) -> float:
+    """As the form that is compiled."""
+    return float(counts.sum()) if traces_grouped(case) else torch_bmm.rows_executed(case, counts)
+
+
+@dataclass(frozen=True)
+class CompiledProvider(ExpertsProvider):
+    """An experts function that is compiled for its case."""
+
+    def bind(self, case: Case) -> ExpertsFn:
+        return compile_for(case)
+
+
+PROVIDER = CompiledProvider("torch-compile", bmm_form, flops_executed=rows_executed)

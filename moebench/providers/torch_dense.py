@@ -1,0 +1,27 @@
+"""torch-dense: every expert on every token, weighted; E/K times the FLOPs, and no data-dependent shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebench.providers.base import Case, ExpertsProvider, activate
+
+
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, *, activation: str, slots: int | None
+) -> Tensor:
+    """x [T, D], ids int64 [T, K] (-1 dropped), weights [T, K] -> y [T, D]; holds [E, T, m*F] at once."""
+    E = w_down.shape[0]
+    hidden = activate(torch.matmul(x, w_gate_up.transpose(1, 2)), activation)  # [E, T, F]
+    out = torch.bmm(hidden, w_down.transpose(1, 2))  # [E, T, D]
+    mixing = weights.new_zeros(x.shape[0], E + 1).scatter_add(1, ids.where(ids >= 0, E), weights)[:, :E]
+    return torch.einsum("etd,te->td", out, mixing.to(out.dtype))
+
+
+def rows_executed(case: Case, counts: Tensor) -> float:
+    """All E experts on all T tokens."""
+    return float(case.tokens * case.layer.routed_experts)
+
+
+PROVIDER = ExpertsProvider("torch-dense", experts, flops_executed=rows_executed)

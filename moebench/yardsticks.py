@@ -1,0 +1,83 @@
+"""Yardsticks: a large copy, a large read, a dense GEMM of equal FLOPs. Arms of every block, never winners.
+
+They show, in the same minutes and on the same clocks as the arms, what the
+machine can do; each has an oracle of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moebench.measure.errors import NO_ERROR, Errors, errors_of, tolerance, verdict
+from moebench.workload import DRAWS, DTYPES
+
+MIN_BYTES, MAX_BYTES = 64 << 20, 512 << 20
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """One ready to run.
+
+    Attributes:
+        name: copy, read or gemm.
+        call: runs draw i.
+        check: why its answer is wrong, or None, with the error.
+        flops: per call.
+        moved_bytes: read and written per call.
+    """
+
+    name: str
+    call: Callable[[int], object]
+    check: Callable[[], tuple[Errors, str | None]]
+    flops: float
+    moved_bytes: float
+
+
+def make_yardstick(name: str, *, precision: str, device: str, flops: float, cache_bytes: int) -> Yardstick:
+    """The yardstick of a block.
+
+    Args:
+        flops: what the GEMM should take.
+        cache_bytes: last-level cache, so that copy and read run well past it.
+    """
+    if name == "gemm":
+        return _gemm(precision, device, flops)
+    count = min(MAX_BYTES, max(MIN_BYTES, 4 * cache_bytes)) // 4
+    source = torch.rand(count, device=device)
+    return _copy(source) if name == "copy" else _read(source)
+
+
+def _copy(source: Tensor) -> Yardstick:
+    target = torch.empty_like(source)
+
+    def check() -> tuple[Errors, str | None]:
+        target.fill_(float("nan"))
+        target.copy_(source)
+        return NO_ERROR, None if torch.equal(target, source) else "the copy differs from its source"
+
+    return Yardstick("copy", lambda i: target.copy_(source), check, 0.0, 2.0 * source.nbytes)
+
+
+def _read(source: Tensor) -> Yardstick:
+    def check() -> tuple[Errors, str | None]:
+        errors = errors_of(source.sum().reshape(1), source.double().sum().reshape(1))
+        return errors, None if errors.rel < 1e-4 else f"the sum is off by {errors.rel:.3g}"
+
+    return Yardstick("read", lambda i: source.sum(), check, 0.0, float(source.nbytes))
+
+
+def _gemm(precision: str, device: str, flops: float) -> Yardstick:
+    size = max(8, round((flops / 2) ** (1 / 3) / 8) * 8)
+    left = [torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(DRAWS)]
+    right = torch.randn(size, size, device=device).to(DTYPES[precision]) * size**-0.5
+
+    def check() -> tuple[Errors, str | None]:
+        errors = errors_of((left[0] @ right)[:8], left[0][:8].double() @ right.double())
+        return errors, verdict(errors, tolerance(precision, NO_ERROR))
+
+    item = DTYPES[precision].itemsize
+    return Yardstick("gemm", lambda i: left[i % DRAWS] @ right, check, 2.0 * size**3, 3.0 * size * size * item)
