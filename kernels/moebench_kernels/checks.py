@@ -1,0 +1,74 @@
+"""What wrappers refuse before any launch: one line saying what was wrong and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebench_kernels.runtime import interpreting, triton_available
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_tensor(name: str, tensor: Any, shape: Sequence[int | str], dtypes: Sequence[torch.dtype]) -> None:
+    """Raise unless `tensor` is contiguous, of one of `dtypes`, and of `shape`.
+
+    Args:
+        shape: a number where the size is fixed, a letter where it is free but at least 1; "T" may be 0.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape, or not contiguous.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; a torch.Tensor is needed")
+    if tensor.dtype not in dtypes:
+        allowed = ", ".join(_short(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} is {_short(tensor.dtype)}; allowed: {allowed}")
+    found = list(tensor.shape)
+    fits = len(found) == len(shape) and all(_fits(size, want) for size, want in zip(found, shape, strict=True))
+    if not fits:
+        raise ValueError(f"{name} has shape {found}; needed: [{', '.join(map(str, shape))}]")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tuple(tensor.stride())}; it must be contiguous (call .contiguous())")
+
+
+def _fits(size: int, want: int | str) -> bool:
+    return size == want if isinstance(want, int) else size >= 1 or want == "T"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_same_dtype(**tensors: Tensor) -> None:
+    """Raise TypeError unless all have one dtype."""
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} {_short(tensor.dtype)}" for name, tensor in tensors.items())
+        raise TypeError(f"one dtype is needed for all, found: {found}")
+
+
+def check_launch(**tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors are on one device on which the kernels can run."""
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"one device is needed for all, found: {found}")
+    available, reason = triton_available()
+    name, tensor = next(iter(tensors.items()))
+    if not available:
+        raise ValueError(f"the Triton kernels cannot run: {reason}")
+    if not tensor.is_cuda and not (interpreting() and tensor.device.type == "cpu"):
+        raise ValueError(
+            f"{name} is on {tensor.device}; the kernels need a GPU, or TRITON_INTERPRET=1 set before triton is "
+            "imported for tensors on the CPU (the *_torch references run everywhere)"
+        )
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")

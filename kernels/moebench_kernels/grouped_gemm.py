@@ -1,0 +1,272 @@
+"""Grouped GEMM: each expert's matrix on its own rows.
+
+    forward   out[r] = act(rows[r] @ W[e].T)         for offsets[e] <= r < offsets[e + 1]; 0 past offsets[E]
+    dW        dW[e]  = sum over r of e  left[r] outer right[r]                   (ragged K)
+
+Rows are not padded: a tile never crosses experts. The host cannot know how many tiles each
+expert has without waiting for the device, so the grid is an upper bound (every non-empty group
+adds at most one partial tile) and each program finds its expert from the offsets.
+
+Either operand's rows may be gathered from a token-major tensor while they are loaded
+(row r reads token row2assignment[r] // K), which spares the permuted copy.
+
+Products are accumulated in float32. float32 inputs are multiplied in IEEE float32, not TF32.
+
+Shapes: rows [R, K], W [E, N, K] ([E, K, N] when transposed), out [R, N]; here N and K are
+the matrix's sizes, not top-k.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebench_kernels.activation import GATED, act
+from moebench_kernels.checks import FLOATS, check_launch, check_same_dtype, check_tensor
+from moebench_kernels.plan import Plan
+from moebench_kernels.runtime import cdiv, interpreting, jit, next_power_of_2, on_device, tl
+
+
+def grouped_gemm_torch(rows: Tensor, weights: Tensor, plan: Plan, *, transpose: bool = False) -> Tensor:
+    """Reference of `grouped_gemm`, one expert at a time; runs on any device, float64 included. Reads the offsets."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    bounds = plan.offsets.tolist()
+    matrices = weights if transpose else weights.mT
+    parts = [rows[bounds[e] : bounds[e + 1]].to(wide) @ matrices[e].to(wide) for e in range(plan.n_experts)]
+    tail = rows.new_zeros(plan.n_rows - bounds[-1], matrices.shape[2], dtype=wide)
+    return torch.cat([*parts, tail]).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile of a grouped GEMM: block_m rows by block_n columns, block_k of the sum at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def gemm_config(rows_per_expert: float, dtype: torch.dtype, *, gated: bool = False) -> GemmConfig:
+    """The forward and dX tile, by mean load. Chosen by what compiles without spills; not yet measured on a GPU.
+
+    float32 runs on FMA units (IEEE), where a large tile only costs registers. A gated
+    tile keeps two accumulators, so it takes half the columns in the small sizes.
+    """
+    if dtype == torch.float32:
+        return GemmConfig(16 if rows_per_expert <= 16 else 64, 32 if gated else 64, 32, 4, 3)
+    if rows_per_expert <= 16:
+        return GemmConfig(16, 64 if gated else 128, 128, 4, 3)
+    if rows_per_expert <= 64:
+        return GemmConfig(64, 64 if gated else 128, 64, 4, 3)
+    return GemmConfig(128, 128, 64, 8, 3)
+
+
+def ragged_config(dtype: torch.dtype) -> GemmConfig:
+    """The dW tile: block_m by block_n of dW[e], block_k rows at a time."""
+    return GemmConfig(64, 64, 32, 4, 3) if dtype == torch.float32 else GemmConfig(128, 128, 64, 8, 3)
+
+
+@jit
+def find_tile(offsets_ptr, tile, n_experts, n_rows, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Expert, first row and end of the tile-th tile. Group n_experts are the rows of no expert; past it, no rows."""
+    group = tl.arange(0, BLOCK_G)
+    start = tl.load(offsets_ptr + group, mask=group <= n_experts, other=n_rows)
+    end = tl.load(offsets_ptr + group + 1, mask=group < n_experts, other=n_rows)
+    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+    expert = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
+    tile_in_group = tile - tl.sum(tl.where(group < expert, tiles, 0), axis=0)
+    first = tl.sum(tl.where(group == expert, start, 0), axis=0) + tile_in_group * BLOCK_M
+    return expert, first, tl.sum(tl.where(group == expert, end, 0), axis=0)
+
+
+@jit
+def dot(a, b, total, INTERPRET: tl.constexpr):
+    """total + a @ b. The interpreter holds bfloat16 as raw 16-bit integers and would multiply those: widen first."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@jit
+def _grouped_gemm_kernel(
+    rows_ptr, w_ptr, out_ptr, z_ptr, offsets_ptr, row2assignment_ptr,
+    n_rows, N, K, n_experts, stride_e, stride_n, stride_k,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr, SAVE_Z: tl.constexpr,
+    INTERPRET: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    expert, first, end = find_tile(offsets_ptr, tl.program_id(0) // column_tiles, n_experts, n_rows, BLOCK_M, BLOCK_G)
+    row = first.to(tl.int64) + tl.arange(0, BLOCK_M)
+    col = (tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    inner = tl.arange(0, BLOCK_K)
+    row_ok = row < end
+    col_ok = col < N
+    source = row
+    if GATHER:
+        source = (tl.load(row2assignment_ptr + row, mask=row_ok, other=0) // TOP_K).to(tl.int64)
+    a_ptrs = rows_ptr + source[:, None] * K + inner[None, :]
+    b_ptrs = w_ptr + expert.to(tl.int64) * stride_e + col[None, :] * stride_n + inner[:, None].to(tl.int64) * stride_k
+    up_ptrs = b_ptrs + tl.cast(N, tl.int64) * stride_n
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if IS_GATED:
+        total_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, tl.where(expert < n_experts, K, 0), BLOCK_K):
+        inner_ok = inner < K - k
+        a = tl.load(a_ptrs, mask=row_ok[:, None] & inner_ok[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=inner_ok[:, None] & col_ok[None, :], other=0.0)
+        total = dot(a, b, total, INTERPRET)
+        if IS_GATED:
+            up = tl.load(up_ptrs, mask=inner_ok[:, None] & col_ok[None, :], other=0.0)
+            total_up = dot(a, up, total_up, INTERPRET)
+            up_ptrs += BLOCK_K * stride_k
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K * stride_k
+    exists = row_ok[:, None] & col_ok[None, :]
+    width = N
+    if IS_GATED:
+        width = 2 * N
+    if SAVE_Z:
+        at_z = z_ptr + row[:, None] * width + col[None, :]
+        tl.store(at_z, total.to(z_ptr.dtype.element_ty), mask=exists)
+        if IS_GATED:
+            tl.store(at_z + N, total_up.to(z_ptr.dtype.element_ty), mask=exists)
+    if KIND != "none":
+        total = act(total, KIND)
+    if IS_GATED:
+        total = total * total_up
+    tl.store(out_ptr + row[:, None] * N + col[None, :], total.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+@jit
+def _ragged_gemm_kernel(
+    left_ptr, right_ptr, dw_ptr, offsets_ptr, row2assignment_ptr, N, K,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dW[e] [N, K] = left[rows of e].T @ right[rows of e]; an expert without rows gets exact zeros."""
+    row_tiles = tl.cdiv(N, BLOCK_M)
+    column_tiles = tl.cdiv(K, BLOCK_N)
+    expert = tl.program_id(0) // (row_tiles * column_tiles)
+    tile = tl.program_id(0) % (row_tiles * column_tiles)
+    n = (tile // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    k = (tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(start, end, BLOCK_K):
+        row = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
+        row_ok = row < end
+        left_row = row
+        right_row = row
+        if GATHER_LEFT or GATHER_RIGHT:
+            token = (tl.load(row2assignment_ptr + row, mask=row_ok, other=0) // TOP_K).to(tl.int64)
+            if GATHER_LEFT:
+                left_row = token
+            if GATHER_RIGHT:
+                right_row = token
+        left = tl.load(
+            left_ptr + left_row[:, None] * N + n[None, :], mask=row_ok[:, None] & (n < N)[None, :], other=0.0
+        )
+        right = tl.load(
+            right_ptr + right_row[:, None] * K + k[None, :], mask=row_ok[:, None] & (k < K)[None, :], other=0.0
+        )
+        total = dot(tl.trans(left), right, total, INTERPRET)
+    at = expert.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
+    tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
+
+
+def launch_grouped_gemm(
+    rows: Tensor,
+    weights: Tensor,
+    plan: Plan,
+    *,
+    transpose: bool = False,
+    gather: bool = False,
+    activation: str | None = None,
+    save_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """out [R, N], and the pre-activation z [R, mN] where `save_z`; unchecked. `gather`: rows is token-major [T, K]."""
+    gated = activation in GATED
+    K = rows.shape[1]
+    N = weights.shape[2 if transpose else 1] // (2 if gated else 1)
+    stride_e, stride_k, stride_n = weights.stride() if transpose else (weights.stride(i) for i in (0, 2, 1))
+    out = rows.new_empty(plan.n_rows, N)
+    z = rows.new_empty(plan.n_rows, 2 * N if gated else N) if save_z else None
+    if plan.n_rows == 0:
+        return out, z
+    c = gemm_config(plan.n_rows / plan.n_experts, rows.dtype, gated=gated)
+    row_tiles = plan.n_rows // c.block_m + min(plan.n_experts + 1, plan.n_rows)
+    with on_device(rows):
+        _grouped_gemm_kernel[(row_tiles * cdiv(N, c.block_n),)](
+            rows, weights, out, z, plan.offsets, plan.row2assignment,
+            plan.n_rows, N, K, plan.n_experts, stride_e, stride_n, stride_k,
+            TOP_K=plan.top_k, GATHER=gather, KIND=GATED.get(activation, activation or "none"), IS_GATED=gated,
+            SAVE_Z=save_z, INTERPRET=interpreting(), BLOCK_G=next_power_of_2(plan.n_experts + 1),
+            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=c.num_stages,
+        )  # fmt: skip
+    return out, z
+
+
+def launch_ragged_gemm(
+    left: Tensor, right: Tensor, plan: Plan, *, gather_left: bool = False, gather_right: bool = False
+) -> Tensor:
+    """dW [E, N, K] from left [R, N] and right [R, K] (token-major [T, ...] where gathered); unchecked."""
+    N, K = left.shape[1], right.shape[1]
+    dw = right.new_empty(plan.n_experts, N, K)
+    c = ragged_config(right.dtype)
+    with on_device(right):
+        _ragged_gemm_kernel[(plan.n_experts * cdiv(N, c.block_m) * cdiv(K, c.block_n),)](
+            left, right, dw, plan.offsets, plan.row2assignment, N, K,
+            TOP_K=plan.top_k, GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, INTERPRET=interpreting(),
+            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=c.num_stages,
+        )  # fmt: skip
+    return dw
+
+
+class _GroupedGemm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, plan: Plan, transpose: bool) -> Tensor:
+        ctx.plan, ctx.transpose = plan, transpose
+        ctx.save_for_backward(rows, weights)
+        return launch_grouped_gemm(rows, weights, plan, transpose=transpose)[0]
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows, weights = ctx.saved_tensors
+        d_out, d_rows, d_weights = d_out.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            d_rows, _ = launch_grouped_gemm(d_out, weights, ctx.plan, transpose=not ctx.transpose)
+        if ctx.needs_input_grad[1]:
+            left, right = (rows, d_out) if ctx.transpose else (d_out, rows)
+            d_weights = launch_ragged_gemm(left, right, ctx.plan)
+        return d_rows, d_weights, None, None
+
+
+def grouped_gemm(rows: Tensor, weights: Tensor, plan: Plan, *, transpose: bool = False) -> Tensor:
+    """out[r] = rows[r] @ weights[e].T for every row r of expert e. Differentiable in `rows` and `weights`.
+
+    Args:
+        rows: [T*K, D_in], float32, float16 or bfloat16, contiguous, in the plan's order. Not read past offsets[E].
+        weights: [E, D_out, D_in] of the same dtype; [E, D_in, D_out] when `transpose`.
+        plan: of these rows.
+
+    Returns:
+        [T*K, D_out] of the same dtype, accumulated in float32; zero past offsets[E].
+
+    Raises:
+        TypeError, ValueError: before any launch.
+
+    Source: MegaBlocks, arXiv 2211.15841, section 4 (grouped GEMM over ragged experts).
+    """
+    check_tensor(
+        "weights", weights, (plan.n_experts, "D_in" if transpose else "D_out", "D_out" if transpose else "D_in"), FLOATS
+    )
+    check_tensor("rows", rows, (plan.n_rows, weights.shape[1 if transpose else 2]), FLOATS)
+    check_same_dtype(rows=rows, weights=weights)
+    check_launch(rows=rows, weights=weights, plan=plan.counts)
+    return _GroupedGemm.apply(rows, weights, plan, transpose)
