@@ -1,0 +1,191 @@
+"""Arm: one provider made ready for one problem, as calls over rotating draws. Lives in the worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebench import check
+from moebench.catalogue.spec import LayerSpec
+from moebench.point import Problem, Variant
+from moebench.providers.base import Case, Provider
+from moebench.routing import TopK
+from moebench.routing.build import with_capacity
+from moebench.routing.logits import impose_logits
+from moebench.workload import (
+    DRAWS,
+    Draw,
+    Inputs,
+    Weights,
+    can_impose,
+    make_inputs,
+    make_weights,
+    seed_of,
+)
+
+TWIN_TOKENS, TWIN_WIDTH, TWIN_FFN = 16, 64, 32
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the arms of one precision share: the problem's weights, and its draws (the last one is the check's)."""
+
+    problem: Problem
+    weights: Weights
+    draws: tuple[Draw, ...]
+
+
+class Arm:
+    """A provider, its state, and its static input buffers.
+
+    Attributes:
+        case: what it was asked to do.
+        timed: False where it only runs in an interpreter.
+        checked_on: the shape it is checked on.
+    """
+
+    def __init__(self, provider: Provider, bench: Bench, variant: Variant, device: str) -> None:
+        self.provider, self.variant, self.device = provider, variant, device
+        self.timed = not provider.interpreted(device.partition(":")[0])
+        if not self.timed:
+            bench = twin(bench, variant.precision)
+        problem = bench.problem
+        self.case = make_case(problem, variant, device)
+        self.backward = problem.direction == "forward_backward"
+        self.checked_on = _shape(problem, interpreted=not self.timed)
+        self.bench = bench
+        self.weights = _leaves(bench.weights) if self.backward else bench.weights
+        self.state = provider.prepare(self.weights, self.case)
+        self.buffers = [self._inputs(draw) for draw in bench.draws[:DRAWS]] if self.timed else []
+        self.scoped = [provider.scope_inputs(self.state, buffer) for buffer in self.buffers]
+
+    def call(self, index: int) -> Any:
+        """One call on a draw; forward_backward includes the backward pass."""
+        if self.backward:
+            return self._forward_backward(self.buffers[index])[0]
+        with torch.no_grad():
+            return self.provider.run(self.state, self.scoped[index])
+
+    def check(self) -> check.Verdict:
+        """Run once on other values, poison that output, refill the buffers, run again, and judge."""
+        first, judged = self.bench.draws[0], self.bench.draws[-1]
+        inputs = self._inputs(first)
+        with torch.no_grad():
+            scoped = self.provider.scope_inputs(self.state, inputs)
+        output, _ = self._execute(inputs, scoped)
+        _poison(output)
+        inputs.refill(self._inputs(judged))
+        with torch.no_grad():
+            scoped = self.provider.scope_inputs(self.state, inputs)
+        before = inputs.clone()
+        output, grads = self._execute(inputs, scoped)
+        changed = [name for name, value in before.tensors().items() if not torch.equal(value, getattr(inputs, name))]
+        if changed:
+            return check.Verdict(None, None, None, f"changed its input {changed[0]}")
+        routing = judged.routing
+        answer = check.Answer(
+            inputs, routing.wanted_ids.to(self.device), routing.wanted_weights.to(self.device), output, grads
+        )
+        return check.judge(self.provider, self.state, self.case, self.bench.weights, answer)
+
+    def routing_facts(self) -> dict[str, float | None]:
+        """Means over the timed draws: kept assignments, active experts, drop rate, load, executed FLOPs."""
+        case = self.case
+        draws = [with_capacity(draw.routing, self.variant.capacity_factor) for draw in self.bench.draws[:DRAWS]]
+        executed = [self.provider.executed_flops(case, draw.counts()) for draw in draws]
+        return {
+            "kept": _mean([float(draw.kept) for draw in draws]),
+            "active_experts": _mean([float(draw.active_experts) for draw in draws]),
+            "drop_rate": _mean([draw.drop_rate for draw in draws]),
+            "load_max_over_mean": _mean([draw.load_max_over_mean for draw in draws]),
+            "executed_flops": None if None in executed else _mean([value for value in executed if value is not None]),
+        }
+
+    def _inputs(self, draw: Draw) -> Inputs:
+        variant = self.variant
+        return make_inputs(draw, variant.capacity_factor, variant.precision, self.device, backward=self.backward)
+
+    def _execute(self, inputs: Inputs, scoped: Any) -> tuple[Any, dict[str, Tensor]]:
+        if self.backward:
+            return self._forward_backward(inputs)
+        with torch.no_grad():
+            return self.provider.run(self.state, scoped), {}
+
+    def _forward_backward(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        assert inputs.upstream is not None
+        leaves = {"x": inputs.x.detach().requires_grad_(), "weights": inputs.weights.detach().requires_grad_()}
+        parameters = self.weights.tensors()
+        for parameter in parameters.values():
+            parameter.grad = None
+        output: Tensor = self.provider.run(self.state, Inputs(leaves["x"], inputs.ids, leaves["weights"]))
+        if output.requires_grad:
+            output.backward(inputs.upstream)
+        every = {**leaves, **parameters}
+        return output, {name: leaf.grad for name, leaf in every.items() if leaf.grad is not None}
+
+
+def make_case(problem: Problem, variant: Variant, device: str) -> Case:
+    """What a variant of a problem asks of a provider on a device."""
+    return Case(
+        layer=problem.layer,
+        tokens=problem.tokens,
+        direction=problem.direction,
+        precision=variant.precision,
+        capacity_factor=variant.capacity_factor,
+        scope=variant.scope,
+        device_kind=device.partition(":")[0],
+    )
+
+
+def twin(bench: Bench, precision: str) -> Bench:
+    """A reduced layer with the same E, K and router, and the routing of the first tokens: what an interpreter can run."""
+    layer, problem = bench.problem.layer, bench.problem
+    width = max(TWIN_WIDTH, -(-layer.routed_experts // 16) * 16) if can_impose(layer) else TWIN_WIDTH
+    small = replace(
+        layer,
+        hidden_size=min(layer.hidden_size, width),
+        expert_ffn_size=min(layer.expert_ffn_size, TWIN_FFN),
+        shared_ffn_size=min(layer.shared_ffn_size, TWIN_FFN),
+    )
+    tokens = min(problem.tokens, TWIN_TOKENS)
+    weights = make_weights(small, precision, "cpu", problem.seed)
+    draws = tuple(_twin_draw(draw, small, weights.router, tokens, index) for index, draw in enumerate(bench.draws))
+    return Bench(replace(problem, layer=small, tokens=tokens), weights, draws)
+
+
+def _twin_draw(draw: Draw, small: LayerSpec, router: Tensor, tokens: int, index: int) -> Draw:
+    generator = torch.Generator().manual_seed(seed_of("twin", index))
+    x = torch.randn(tokens, small.hidden_size, generator=generator)
+    upstream = torch.randn(tokens, small.hidden_size, generator=generator)
+    full = draw.routing
+    ids, gates = full.wanted_ids[:tokens], full.wanted_weights[:tokens]
+    logits = None if full.logits is None else full.logits[:tokens]
+    if logits is not None and can_impose(small):
+        x = impose_logits(x, router.float(), logits).float()
+    return Draw(x, TopK(ids, gates, ids, gates, logits, full.routed_experts), upstream)
+
+
+def _leaves(weights: Weights) -> Weights:
+    """The same storage as leaves that collect gradients."""
+    return Weights(**{name: value.detach().requires_grad_() for name, value in weights.tensors().items()})
+
+
+def _poison(output: Any) -> None:
+    for value in output if isinstance(output, tuple) else (output,):
+        if isinstance(value, Tensor):
+            value.detach().fill_(float("nan") if value.is_floating_point() else 0)
+
+
+def _shape(problem: Problem, *, interpreted: bool) -> str:
+    layer = problem.layer
+    shape = (
+        f"T{problem.tokens} D{layer.hidden_size} F{layer.expert_ffn_size} E{layer.routed_experts} K{layer.top_k}"
+    )
+    return f"{shape}, reduced twin in Triton's interpreter" if interpreted else shape
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,240 @@
+"""The worker: the process that holds the tensors and runs the arms. `python -m moebench.worker`.
+
+It answers one JSON line on its original stdout for each JSON line on stdin;
+whatever providers print goes to stderr. It knows one block at a time. When the
+parent goes away it ends at once, in the middle of whatever it runs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import torch
+
+from moebench.arm import Arm, Bench, make_case
+from moebench.measure import ceilings, device, energy, latency, memory
+from moebench.point import Problem, Variant, problem_from_json
+from moebench.providers.load import Unavailable, load
+from moebench.workload import DRAWS, Weights, make_draw, make_weights, weight_bytes
+from moebench.yardsticks import Yardstick, make_yardstick
+
+
+class Worker:
+    """Weights by layer and precision, and the arms of the block that is open."""
+
+    def __init__(self) -> None:
+        self.device = "cpu"
+        self.weights: dict[tuple[Any, ...], Weights] = {}
+        self.benches: dict[str, Bench] = {}
+        self.problem: Problem | None = None
+        self.arms: dict[int, Arm | Yardstick] = {}
+        self.timers: dict[int, latency.Timer] = {}
+        self.probe: device.StateProbe | None = None
+        memory.pin_allocator()
+
+    @property
+    def kind(self) -> str:
+        """cpu or cuda."""
+        return self.device.partition(":")[0]
+
+    def hello(self, device_kind: str) -> dict[str, Any]:
+        """Choose the device ("auto": cuda where there is one); say what this machine is."""
+        if device_kind == "cuda" and not torch.cuda.is_available():
+            raise Unavailable("no CUDA device is available to PyTorch here")
+        self.device = "cuda" if device_kind != "cpu" and torch.cuda.is_available() else "cpu"
+        if self.kind == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32; this process is ours alone
+        return {
+            "device_kind": self.kind,
+            "device": device.device_name(self.kind),
+            "machine": device.machine_facts(self.kind),
+            "versions": device.versions(),
+            "available_bytes": memory.available_bytes(self.kind),
+        }
+
+    def provider(self, name: str) -> dict[str, Any]:
+        """Version and fingerprint of a provider, or why it is unavailable."""
+        try:
+            found = load(name)
+        except Unavailable as error:
+            return {"unavailable": str(error)}
+        return {"version": found.version, "hash": found.fingerprint()}
+
+    def ceilings(self, precisions: list[str], seconds: float) -> dict[str, Any]:
+        """Measured ceilings of this machine."""
+        return ceilings.measure_ceilings(self.device, precisions, seconds_per_probe=seconds)
+
+    def open(self, problem: dict[str, Any], precisions: list[str]) -> dict[str, Any]:
+        """Build a problem's weights and draws; weights of the same layer are kept from the block before."""
+        self.close()
+        self.problem = made = problem_from_json(problem)
+        wanted = {precision: (made.layer, precision, made.seed) for precision in precisions}
+        self.weights = {key: value for key, value in self.weights.items() if key in wanted.values()}
+        self._require_memory(made, [p for p, key in wanted.items() if key not in self.weights])
+        for precision, key in wanted.items():
+            if key not in self.weights:
+                self.weights[key] = make_weights(made.layer, precision, self.device, made.seed)
+            weights = self.weights[key]
+            draws = tuple(make_draw(made, weights.router, index) for index in range(DRAWS + 1))
+            self.benches[precision] = Bench(made, weights, draws)
+        return {}
+
+    def arm(self, index: int, variant: dict[str, Any]) -> dict[str, Any]:
+        """Make one provider ready; says whether it can, how long that took, and the routing as it sees it."""
+        assert self.problem is not None
+        made = Variant(**variant)
+        provider = load(made.provider)
+        reason = provider.refuse(make_case(self.problem, made, self.device))
+        if reason is not None:
+            return {"not_applicable": reason}
+        begin = time.perf_counter()
+        arm = Arm(provider, self.benches[made.precision], made, self.device)
+        self._synchronize()
+        self.arms[index] = arm
+        prepare_ms = (time.perf_counter() - begin) * 1e3
+        return {"timed": arm.timed, "prepare_ms": prepare_ms, "checked_on": arm.checked_on, **arm.routing_facts()}
+
+    def yardstick(self, index: int, name: str, precision: str, flops: float) -> dict[str, Any]:
+        """Make one yardstick ready."""
+        made = make_yardstick(
+            name, precision=precision, device=self.device, flops=flops, cache_bytes=device.llc_bytes(self.kind) or 0
+        )
+        self.arms[index] = made
+        return {"timed": True, "flops": made.flops, "moved_bytes": made.moved_bytes}
+
+    def check(self, index: int) -> dict[str, Any]:
+        """Errors of an arm against the oracle; "wrong" says why it did not pass, or is null."""
+        arm = self.arms[index]
+        if isinstance(arm, Yardstick):
+            errors, wrong = arm.check()
+            return {"rel_error": errors.rel, "max_error": errors.max, "fidelity_error": None, "wrong": wrong}
+        verdict = arm.check()
+        self._synchronize()
+        return vars(verdict)
+
+    def warm(self, index: int, max_seconds: float) -> dict[str, Any]:
+        """Warm up and choose the timer."""
+        arm = self.arms[index]
+        warmth = latency.warm(arm.call, DRAWS, max_seconds=max_seconds, device_kind=self.kind)
+        timer = latency.make_timer(self.kind, arm.call, DRAWS)
+        self.timers[index] = timer
+        return {"first_call_ms": warmth.first_call_ms, "estimate_ms": warmth.estimate_ms, "timer": timer.name}
+
+    def memory(self, index: int) -> dict[str, Any]:
+        """Peak memory of a solo pass."""
+        call = self.arms[index].call
+        peak, reason = memory.peak_memory(lambda: call(0), self.kind)
+        return {"peak_memory_bytes": peak, "reason": reason}
+
+    def burst(self, index: int, count: int, start: int) -> dict[str, Any]:
+        """Some samples, milliseconds per call."""
+        samples = self.timers[index].burst(self.arms[index].call, count, start)
+        return {"device_ms": samples.device_ms, "wall_ms": samples.wall_ms}
+
+    def energy(self, index: int, window_s: float, trials: int, cool_down_s: float) -> dict[str, Any]:
+        """Joules per call, or why there is no number."""
+        meter, reason = energy.find_meter(self.kind)
+        if meter is None:
+            return {"source": "none", "reason": reason}
+        timer, call = self.timers[index], self.arms[index].call
+        found = energy.measure_energy(
+            meter,
+            lambda seconds: latency.run_for(timer, call, seconds, device_kind=self.kind),
+            window_s=window_s,
+            trials=trials,
+            cool_down_s=cool_down_s,
+        )
+        return vars(found)
+
+    def state_begin(self) -> dict[str, Any]:
+        """Start watching the machine's state."""
+        self.probe = device.StateProbe(self.kind)
+        self.probe.begin()
+        return {}
+
+    def state_end(self) -> dict[str, Any]:
+        """What the machine did meanwhile, and the flags that follow."""
+        assert self.probe is not None
+        state = self.probe.end()
+        return {"state": state, "flags": device.state_flags(state)}
+
+    def drop(self, index: int) -> dict[str, Any]:
+        """Forget an arm."""
+        self.arms.pop(index, None)
+        self.timers.pop(index, None)
+        return {}
+
+    def close(self) -> dict[str, Any]:
+        """Forget the block, but not the weights."""
+        self.arms.clear()
+        self.timers.clear()
+        self.benches.clear()
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+        return {}
+
+    def _require_memory(self, problem: Problem, precisions: list[str]) -> None:
+        needed = sum(weight_bytes(problem.layer, precision) for precision in precisions)
+        left = memory.available_bytes(self.kind)
+        if needed > left:
+            raise MemoryError(f"the layer's weights need {needed / 1e9:.3g} GB and {left / 1e9:.3g} GB are available")
+
+    def _synchronize(self) -> None:
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+
+def status_of(error: BaseException) -> str:
+    """The record status an exception stands for."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return "out_of_memory"
+    text = str(error)
+    if isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text):
+        return "out_of_memory"  # the CPU allocator of PyTorch raises a bare RuntimeError
+    if isinstance(error, Unavailable):
+        return "unavailable"
+    return "not_applicable" if isinstance(error, NotImplementedError) else "failed"
+
+
+def serve(requests: queue.Queue[str | None], replies: TextIO) -> None:
+    """Answer requests until there are no more."""
+    worker = Worker()
+    while (line := requests.get()) is not None:
+        request = json.loads(line)
+        handler: Callable[..., dict[str, Any]] = getattr(worker, request.pop("do"))
+        try:
+            reply = handler(**request)
+        except Exception as error:  # noqa: BLE001 - whatever a provider raises costs its own point only
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            reply = {"status": status_of(error), "reason": reason}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+def _read_requests(requests: queue.Queue[str | None]) -> None:
+    for line in sys.stdin:
+        requests.put(line)
+    # The parent closed the pipe, or died: nobody waits for what is being computed.
+    os._exit(0)
+
+
+def main() -> None:
+    """Serve on stdin and stdout."""
+    faulthandler.enable()
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # a provider's prints must not look like replies
+    requests: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
+    serve(requests, replies)
+
+
+if __name__ == "__main__":
+    main()
