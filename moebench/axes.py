@@ -1,0 +1,167 @@
+"""The axes a suite sweeps: what each takes and how a value is read. No torch.
+
+A value is read from TOML (already typed) or from text (`--set`), checked, and
+brought to one spelling, so that two spellings of one value are one point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from moebench import providers
+from moebench.catalogue.models import resolve_layer
+from moebench.catalogue.names import nearest
+from moebench.catalogue.routers import ROUTERS
+from moebench.catalogue.spec import ACTIVATIONS
+from moebench.point import DIRECTIONS, DROPLESS, LAYOUTS, PHASES, PRECISIONS, SCOPES
+from moebench.traffic import parse_traffic
+
+Value = int | float | str
+
+CUSTOM = "custom"
+MAX_WHOLE = 2**30
+MAX_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis.
+
+    Attributes:
+        read: checks a value and gives its one spelling; ValueError says what was found and what is allowed.
+        part: "layer", "problem" (the rest of a Problem) or "variant".
+        number: whether `where` compares it as a number.
+    """
+
+    read: Callable[[object], Value]
+    part: str
+    number: bool = False
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: one line, not long."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**MAX_SHOWN else "a huge number"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def read_whole(least: int) -> Callable[[object], Value]:
+    """Reader of whole numbers >= least."""
+
+    def read(value: object) -> Value:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_WHOLE:
+            raise ValueError(f"found {shown(value)}; allowed: whole numbers from {least} to {MAX_WHOLE}")
+        return value
+
+    return read
+
+
+def read_name(allowed: Iterable[str]) -> Callable[[object], Value]:
+    """Reader of one of the given names."""
+    names = tuple(allowed)
+
+    def read(value: object) -> Value:
+        if value not in names:
+            hint = nearest(value, names) if isinstance(value, str) else ""
+            listed = ", ".join(name or '""' for name in names)
+            raise ValueError(f"found {shown(value)}{hint} (allowed: {listed})")
+        return str(value)
+
+    return read
+
+
+def read_capacity(value: object) -> Value:
+    """A positive number, or "dropless"."""
+    if value == DROPLESS:
+        return DROPLESS
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_WHOLE:
+        return float(value)
+    hint = nearest(value, (DROPLESS,)) if isinstance(value, str) else ""
+    raise ValueError(f'found {shown(value)}{hint} (allowed: finite numbers > 0, or "{DROPLESS}")')
+
+
+def read_model(value: object) -> Value:
+    """A preset's id, with `:kind` where a model has several kinds of MoE layer."""
+    if not isinstance(value, str):
+        raise ValueError(f"found {shown(value)}; allowed: a model's id (`moebench list models`)")
+    _bounded(value)
+    spec, layers = resolve_layer(value)
+    return f"{spec.id}:{layers.name}" if layers.name else spec.id
+
+
+def read_provider(value: object) -> Value:
+    """A provider's name, an entry point's, or path/to/file.py:function."""
+    if not isinstance(value, str):
+        raise ValueError(
+            f"found {shown(value)}; allowed: {', '.join(providers.PROVIDERS)}, or path/to/file.py:function"
+        )
+    _bounded(value)
+    if not providers.is_known(value):
+        raise ValueError(providers.unknown(value))
+    return value
+
+
+def read_traffic(value: object) -> Value:
+    """A traffic pattern in its canonical spelling; recorded traces are not built yet."""
+    if not isinstance(value, str):
+        raise ValueError(f"found {shown(value)}; allowed: a traffic pattern such as 'zipf:1.2'")
+    traffic = parse_traffic(value)
+    if traffic.pattern == "trace":
+        raise ValueError(f"traffic {shown(value)}: recorded traces are not built yet")
+    return str(traffic)
+
+
+def _bounded(text: str) -> None:
+    if len(text) > 1000 or not text.isprintable():
+        raise ValueError(f"found {shown(text)}; allowed: one line of at most 1000 characters")
+
+
+AXES: dict[str, Axis] = {
+    "model": Axis(read_model, "layer"),
+    "hidden_size": Axis(read_whole(1), "layer", number=True),
+    "expert_ffn_size": Axis(read_whole(1), "layer", number=True),
+    "activation": Axis(read_name(ACTIVATIONS), "layer"),
+    "experts": Axis(read_whole(1), "layer", number=True),
+    "top_k": Axis(read_whole(1), "layer", number=True),
+    "granularity": Axis(read_whole(1), "layer", number=True),
+    "router": Axis(read_name(ROUTERS), "layer"),
+    "tokens": Axis(read_whole(1), "problem", number=True),
+    "traffic": Axis(read_traffic, "problem"),
+    "direction": Axis(read_name(DIRECTIONS), "problem"),
+    "phase": Axis(read_name(PHASES), "problem"),
+    "seed": Axis(read_whole(0), "problem", number=True),
+    "provider": Axis(read_provider, "variant"),
+    "precision": Axis(read_name(PRECISIONS), "variant"),
+    "capacity_factor": Axis(read_capacity, "variant", number=True),
+    "layout": Axis(read_name(LAYOUTS), "variant"),
+    "scope": Axis(read_name(SCOPES), "variant"),
+}
+
+
+def axis(name: str) -> Axis:
+    """The axis called `name`.
+
+    Raises:
+        ValueError: no such axis; the nearest names are given.
+    """
+    if name not in AXES:
+        raise ValueError(f"unknown axis {shown(name)}{nearest(name, AXES)} (axes: {', '.join(AXES)})")
+    return AXES[name]
+
+
+def typed(name: str, text: str) -> object:
+    """Text of the command line as TOML would have typed it on this axis."""
+    if not AXES[name].number:
+        return text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def comparable(name: str, value: Value) -> Value:
+    """The value as `where` sees it: "dropless" is infinite capacity."""
+    return math.inf if name == "capacity_factor" and value == DROPLESS else value
