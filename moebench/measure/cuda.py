@@ -1,0 +1,158 @@
+"""CUDA timers: events on the device's clock, around graph replays where the call can be captured.
+
+Two clocks a sample. Device time: before each sample a spin kernel keeps the device busy
+while the host queues the call, so that the time between the events is the device's work and
+not the host's launching. Wall time: the plain call from the host, launches included, until
+the device is done; it is taken the same way whatever the timer, and so stays comparable.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from moebench.measure.latency import Call, Samples, Timer, no_collection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SPIN_CYCLES_PER_MS = 2_000_000  # at or above the clock of every current GPU: a spin is never shorter than asked
+GRAPH_HOLD_MS = 0.1  # queueing one replay and two events takes the host some tens of microseconds
+MAX_HOLD_MS = 5.0  # a host slower than this shows up in the device time of "cuda_events"
+
+
+@dataclass(frozen=True)
+class CudaGraphTimer:
+    """Events around replays of one CUDA graph per draw."""
+
+    graphs: list[torch.cuda.CUDAGraph]
+    name: str = "cuda_graph"
+    why: str = ""
+
+    def burst(self, call: Call, count: int, start: int) -> Samples:
+        order = [(start + k) % len(self.graphs) for k in range(count)]
+        with no_collection():
+            device_ms = time_on_device(lambda index: self.graphs[index].replay(), order, GRAPH_HOLD_MS)
+            return Samples(device_ms, time_on_host(call, order))
+
+    def once(self, call: Call, index: int) -> object:
+        self.graphs[index % len(self.graphs)].replay()
+        return None
+
+
+@dataclass(frozen=True)
+class CudaEventTimer:
+    """Events around the call itself, where no graph can be captured.
+
+    A call that waits for the device half-way, or takes the host longer than 5 ms to queue, has its
+    gaps counted in its device time. That is what such a call costs, but it is no kernel time.
+    """
+
+    draws: int
+    why: str
+    name: str = "cuda_events"
+
+    def burst(self, call: Call, count: int, start: int) -> Samples:
+        order = [(start + k) % self.draws for k in range(count)]
+        with no_collection():
+            wall_ms = time_on_host(call, order)
+            device_ms = time_on_device(call, order, min(max(wall_ms, default=0.0), MAX_HOLD_MS))
+        return Samples(device_ms, wall_ms)
+
+    def once(self, call: Call, index: int) -> object:
+        return call(index % self.draws)
+
+
+def time_on_device(launch: Call, order: Iterable[int], hold_ms: float) -> list[float]:
+    """Milliseconds between events around each launch, the queue held back by a spin of `hold_ms` before each."""
+    pairs = []
+    for index in order:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(int(hold_ms * SPIN_CYCLES_PER_MS))  # type: ignore[no-untyped-call]
+        begin.record()
+        launch(index)
+        end.record()
+        pairs.append((begin, end))
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def time_on_host(call: Call, order: Iterable[int]) -> list[float]:
+    """Milliseconds from the host's call until an idle device is idle again."""
+    torch.cuda.synchronize()
+    return [_wall_ms(call, index) for index in order]
+
+
+def _wall_ms(call: Call, index: int) -> float:
+    begin = time.perf_counter_ns()
+    call(index)
+    torch.cuda.synchronize()
+    return (time.perf_counter_ns() - begin) / 1e6
+
+
+def make_timer(call: Call, draws: int) -> Timer:
+    """A graph timer, or, where capture fails, an event timer that says why. `call` is warmed up."""
+    try:
+        return CudaGraphTimer(capture(call, draws))
+    except Exception as error:  # noqa: BLE001 - whatever a provider raises under capture, its plain call still counts
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        return CudaEventTimer(draws, f"no CUDA graph: {line}")
+
+
+def capture(call: Call, draws: int) -> list[torch.cuda.CUDAGraph]:
+    """One graph per draw, each replayed once; all share one memory pool, since they never run together.
+
+    Raises:
+        Exception: the call waits for the device, or cannot be captured for another reason, or
+            captures to an empty graph (its work ran elsewhere and a replay would time nothing).
+    """
+    # A capture that raises leaves torch's capture stream current (torch.cuda.graph does not unwind it).
+    with torch.cuda.stream(torch.cuda.current_stream()), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The CUDA Graph is empty")
+        _warm_on_side_stream(call, draws)
+        pool = torch.cuda.graph_pool_handle()
+        graphs = [_capture_one(partial(call, index), pool) for index in range(draws)]
+        for graph in graphs:
+            graph.replay()
+        torch.cuda.synchronize()
+    return graphs
+
+
+def _warm_on_side_stream(call: Call, draws: int) -> None:
+    # Kernels, handles and workspaces are made per stream and must exist before capture. A call that
+    # waits for the device is found here: a capture that fails half-way costs the allocator its order.
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for index in range(draws):
+            call(index)
+        with _waiting_is_an_error():
+            for index in range(draws):
+                call(index)
+    current.wait_stream(side)
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _capture_one(call: Callable[[], object], pool: object) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
+        call()
+    return graph
