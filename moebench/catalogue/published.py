@@ -64,6 +64,8 @@ def _embedding(row: Row) -> int:
 
 def _dense(row: Row, layers: tuple[MoELayers, ...]) -> int:
     moe_layers = sum(kind.count for kind in layers)
+    if row["arch"] == "LSTM language model":
+        return 0
     # ST-MoE keeps a dense FFN beside each sparse one, so every layer has one (sparse-dense stacking).
     count = _int(row, "layers") - (0 if row["id"] == "st-moe-32b" else moe_layers)
     # GLaM's dense FFN is gated although its experts are not.

@@ -37,6 +37,17 @@ ROUTERS: dict[str, RouterInfo] = {
     "sigmoid_bias": RouterInfo(
         "top-k of sigmoid(z) + b (within the best groups); weights without b", "DeepSeek-V3, arXiv 2412.19437"
     ),
+    "sigmoid_topk": RouterInfo(
+        "top-k of sigmoid(z); weights are the selected values, renormalised if asked", "LFM2, Cohere2"
+    ),
+    "sigmoid_logit_bias": RouterInfo("top-k of z + b; weights sigmoid(z) without b", "Kolibri 1"),
+    "softmax_bias": RouterInfo("top-k of softmax(z) + b; weights without b, renormalised", "ERNIE 4.5"),
+    "softmax_bias_zero": RouterInfo(
+        "top-k of softmax(z) + b over the experts and further zero experts, which return their input", "LongCat-Flash"
+    ),
+    "group_limited_sum2": RouterInfo(
+        "softmax(z); top-k inside the best groups (group score: sum of its two best)", "Mistral 4"
+    ),
     "group_limited": RouterInfo(
         "softmax(z); top-k inside the best groups (group score: max)", "DeepSeek-V2, arXiv 2405.04434"
     ),

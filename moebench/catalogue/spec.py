@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
-UNGATED_ACTIVATIONS = ("relu", "gelu", "silu")
+UNGATED_ACTIVATIONS = ("relu", "gelu", "silu", "relu2")
 ACTIVATIONS = GATED_ACTIVATIONS + UNGATED_ACTIVATIONS
 
 # How the always-on FFN joins the routed sum. "none" goes with shared_experts = 0.

@@ -1,0 +1,181 @@
+"""Every family's config.json against transformers' own model of it, built on the meta device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moebench.catalogue.families import REFUSED, families, known
+from moebench.catalogue.huggingface import read_config
+from tests.catalogue import tiny
+
+# Families whose layer holds what a LayerSpec does not count, by model_type -> (parameters a layer, why).
+LAYER_EXTRA = {
+    # 256 zero experts return their input; transformers gives them rows of the router and (unused) input maps.
+    "longcat_flash": lambda config: config.zero_expert_num
+    * (config.hidden_size + 2 * config.hidden_size * config.expert_ffn_hidden_size),
+}
+# Whole models that are off by more than nothing: model_type -> (share of the total, why).
+TOTAL_OFF = {
+    "axk1": (1e-5, "a norm after each MoE layer"),
+    "longcat_flash": (0.35, "zero experts, which hold no weights in the checkpoint"),
+}
+
+
+def save(config: object, folder: Path, use_diff: bool) -> Path:
+    path = folder / "config.json"
+    config.to_json_file(path, use_diff=use_diff)  # type: ignore[attr-defined]
+    return path
+
+
+def compare(model_type: str, config: object, path: Path) -> None:
+    spec = read_config(path)
+    model = tiny.model_of(model_type, config)
+    extra = LAYER_EXTRA.get(model_type, lambda config: 0)(config)
+    ours = sorted(kind.layer.total_params() + extra for kind in spec.layers for _ in range(kind.count))
+    assert ours == sorted(tiny.moe_layers(model).values())
+    if spec.computed_total is None:
+        assert families()[model_type].attention in ("", "mla indexer")
+        assert spec.uncounted
+        return
+    named = {name: parameter for name, parameter in model.named_parameters() if not tiny.AUXILIARY.search(name)}
+    theirs = sum(parameter.numel() for parameter in named.values())
+    if not config.tie_word_embeddings and not any("lm_head" in name for name in named):  # type: ignore[attr-defined]
+        theirs += config.hidden_size * config.vocab_size  # type: ignore[attr-defined]
+    share, _ = TOTAL_OFF.get(model_type, (0.0, ""))
+    assert abs(spec.computed_total - theirs) <= share * theirs
+    if share:
+        assert spec.computed_total != theirs, "this exception is not needed any more"
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_a_config_that_states_only_what_differs_takes_the_defaults(model_type: str, tmp_path: Path) -> None:
+    config = tiny.config_of(model_type)
+    compare(model_type, config, save(config, tmp_path, use_diff=True))
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_every_size_is_read_from_the_file(model_type: str, tmp_path: Path) -> None:
+    config = tiny.config_of(model_type, **tiny.other_sizes(model_type))
+    path = save(config, tmp_path, use_diff=False)
+    compare(model_type, config, path)
+    layer = read_config(path).layers[0].layer
+    sizes = tiny.other_sizes(model_type)
+    row = families()[model_type]
+    for key, ours in ((row.hidden, layer.hidden_size), (row.experts, layer.routed_experts), (row.top_k, layer.top_k)):
+        if key.split("|")[0] in sizes:
+            assert ours == sizes[key.split("|")[0]]
+
+
+def test_every_transformers_family_with_experts_is_read_or_refused_by_name() -> None:
+    missed = set(tiny.families_with_experts()) - set(known()) - set(REFUSED)
+    assert not missed - set(tiny.NOT_FFN_EXPERTS), sorted(missed)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [("llama4", "llama4_text"), ("qwen3_vl_moe", "qwen3_vl_moe_text"), ("glm4v_moe", "glm4v_moe_text")],
+)
+def test_a_multimodal_config_is_read_through_its_text_part(outer: str, inner: str, tmp_path: Path) -> None:
+    alone = save(tiny.config_of(inner), tmp_path, use_diff=False)
+    text = json.loads(alone.read_text())
+    nested = tmp_path / "nested.json"
+    nested.write_text(json.dumps({"model_type": outer, "text_config": text}))
+    assert read_config(nested).layers == read_config(alone).layers
+    assert "vision" in (read_config(nested).uncounted or "")
+    text.pop("model_type")
+    nested.write_text(json.dumps({"model_type": outer, "text_config": text}))
+    assert read_config(nested).layers == read_config(alone).layers
+
+
+def test_the_head_of_a_multimodal_model_is_tied_as_its_outer_config_says(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    sizes = {"hidden_size": 64, "vocab_size": 1000, "num_hidden_layers": 2, "tie_word_embeddings": False}
+    path.write_text(json.dumps({"model_type": "qwen3_vl_moe", "text_config": sizes, "tie_word_embeddings": True}))
+    tied = read_config(path).computed_total
+    path.write_text(json.dumps({"model_type": "qwen3_vl_moe", "text_config": sizes}))
+    untied = read_config(path).computed_total
+    assert tied is not None
+    assert untied is not None
+    assert untied - tied == 64 * 1000
+
+
+def test_qwen3_omni_is_read_through_two_levels(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    text = {"model_type": "qwen3_omni_moe_text", "num_experts": 24, "num_experts_per_tok": 3}
+    path.write_text(json.dumps({"model_type": "qwen3_omni_moe", "thinker_config": {"text_config": text}}))
+    assert read_config(path).layers[0].layer.routed_experts == 24
+
+
+def test_kimi_k2_is_a_deepseek_v3(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    sizes = {
+        "hidden_size": 7168, "num_hidden_layers": 61, "n_routed_experts": 384, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048, "intermediate_size": 18432, "first_k_dense_replace": 1, "n_group": 1,
+        "topk_group": 1, "routed_scaling_factor": 2.827, "num_attention_heads": 64, "vocab_size": 163840,
+    }  # fmt: skip
+    path.write_text(json.dumps({"model_type": "kimi_k2"} | sizes))
+    spec = read_config(path)
+    assert spec.layers[0].layer.router.kind == "sigmoid_bias"
+    assert spec.layers[0].count == 60
+    assert spec.computed_total == pytest.approx(1026.4e9, rel=1e-3)
+
+
+# What each family's router is, in the words of its transformers code; the counts above cannot see it.
+ROUTERS = {
+    "mixtral": ("topk_softmax", True), "gpt_oss": ("topk_softmax", True), "granitemoe": ("topk_softmax", True),
+    "qwen2_moe": ("softmax_topk", False), "qwen3_moe": ("softmax_topk", False), "qwen3_next": ("softmax_topk", True),
+    "olmoe": ("softmax_topk", False), "dbrx": ("softmax_topk", True), "jamba": ("softmax_topk", False),
+    "phimoe": ("sparsemixer", False), "deepseek_v2": ("softmax_topk", False), "deepseek_v3": ("sigmoid_bias", True),
+    "glm4_moe": ("sigmoid_bias", True), "minimax": ("topk_softmax", True), "minimax_m2": ("sigmoid_bias", True),
+    "llama4_text": ("sigmoid_input", False), "switch_transformers": ("switch_top1", False),
+    "nllb-moe": ("softmax_topk", True), "hunyuan_v1_moe": ("softmax_topk", True), "dots1": ("sigmoid_bias", False),
+    "ernie4_5_moe": ("softmax_bias", True), "longcat_flash": ("softmax_bias_zero", False),
+    "deepseek_v4": ("sqrt_softplus_bias", True), "lfm2_moe": ("sigmoid_bias", True),
+    "cohere2_moe": ("topk_softmax", True), "mistral4": ("softmax_topk", True), "afmoe": ("sigmoid_bias", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ROUTERS)
+def test_router(model_type: str, tmp_path: Path) -> None:
+    spec = read_config(save(tiny.config_of(model_type), tmp_path, use_diff=True))
+    router = spec.layers[-1].layer.router
+    assert (router.kind, router.normalise) == ROUTERS[model_type]
+
+
+def test_groups_scale_and_biases(tmp_path: Path) -> None:
+    v3 = read_config(save(tiny.config_of("deepseek_v3"), tmp_path, use_diff=True)).layers[0].layer.router
+    assert (v3.groups, v3.topk_groups, v3.scale) == (8, 4, 2.5)
+    limited = tiny.config_of("deepseek_v2", topk_method="group_limited_greedy", n_group=8, topk_group=3)
+    v2 = read_config(save(limited, tmp_path, use_diff=True)).layers[0].layer.router
+    assert (v2.kind, v2.groups, v2.topk_groups) == ("group_limited", 8, 3)
+    oss = read_config(save(tiny.config_of("gpt_oss"), tmp_path, use_diff=True)).layers[0].layer
+    assert oss.expert_bias
+    assert oss.router.logit_bias
+    assert oss.activation == "clamped_swiglu"
+
+
+def test_deepseek_v4_names_its_two_kinds(tmp_path: Path) -> None:
+    spec = read_config(save(tiny.config_of("deepseek_v4"), tmp_path, use_diff=False))
+    assert [(kind.name, kind.count, kind.layer.router.kind) for kind in spec.layers] == [
+        ("hash", 3, "hash_sqrt_softplus"),
+        ("learned", 3, "sqrt_softplus_bias"),
+    ]
+
+
+def test_presets_agree_with_the_config_they_were_read_from(tmp_path: Path) -> None:
+    """Two sources of one fact: the catalogue's row, and the model's config.json as its makers publish it."""
+    from moebench.catalogue.models import model
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "olmoe", "intermediate_size": 1024}))
+    assert read_config(path).layers == model("olmoe-1b-7b").layers
+    assert read_config(path).computed_total == pytest.approx(model("olmoe-1b-7b").computed_total, rel=1e-4)
+    path.write_text(json.dumps({"model_type": "mixtral"}))
+    assert read_config(path).layers == model("mixtral-8x7b").layers
+    path.write_text(json.dumps({"model_type": "deepseek_v3"}))
+    assert read_config(path).layers == model("deepseek-v3").layers
+    path.write_text(json.dumps({"model_type": "gpt_oss"}))
+    assert read_config(path).layers == model("gpt-oss-120b").layers
