@@ -19,8 +19,8 @@ Shapes: z [R, mF] with m = 2 or 1, a and da [R, F], weights and d_weights [T, K]
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F_
 from torch import Tensor
+from torch.nn import functional
 
 from moebench_kernels.plan import Plan
 from moebench_kernels.runtime import cdiv, jit, next_power_of_2, on_device, tl
@@ -36,7 +36,7 @@ def input_maps(activation: str) -> int:
 
 def activate_torch(z: Tensor, activation: str) -> Tensor:
     """Reference: [R, mF] -> [R, F], in z's dtype."""
-    act = {"relu": F_.relu, "gelu": F_.gelu, "silu": F_.silu}[GATED.get(activation, activation)]
+    act = {"relu": functional.relu, "gelu": functional.gelu, "silu": functional.silu}[GATED.get(activation, activation)]
     if activation not in GATED:
         return act(z)
     gate, up = z.chunk(2, dim=-1)

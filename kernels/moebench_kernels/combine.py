@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moebench_kernels.checks import FLOATS, check_launch, check_tensor
 from moebench_kernels.plan import Plan
@@ -112,6 +113,7 @@ class _Combine(torch.autograd.Function):
         return launch_gather_sum(rows, weights, plan)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weights = ctx.saved_tensors
         plan, D = ctx.plan, rows.shape[1]

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moebench_kernels.checks import FLOATS, check_choice, check_launch, check_tensor
 from moebench_kernels.runtime import cdiv, jit, next_power_of_2, on_device, tl
@@ -151,6 +152,7 @@ class _TopKGate(torch.autograd.Function):
         return ids, weights
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, _: Any, d_weights: Tensor) -> tuple[Tensor, None, None, None]:
         logits, ids = ctx.saved_tensors
         (T, E), top_k = logits.shape, ids.shape[1]

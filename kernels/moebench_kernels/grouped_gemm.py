@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moebench_kernels.activation import GATED, act
 from moebench_kernels.checks import FLOATS, check_launch, check_same_dtype, check_tensor
@@ -50,18 +51,18 @@ class GemmConfig:
 
 
 def gemm_config(rows_per_expert: float, dtype: torch.dtype, *, gated: bool = False) -> GemmConfig:
-    """The forward and dX tile, by mean load. Chosen by what compiles without spills; not yet measured on a GPU.
+    """The forward and dX tile, by mean load. Chosen by the compiler's report (no spill on sm_80 and sm_90, fits their
+    shared memory, WGMMA on sm_90 from 64 rows); not measured on a GPU yet.
 
-    float32 runs on FMA units (IEEE), where a large tile only costs registers. A gated
-    tile keeps two accumulators, so it takes half the columns in the small sizes.
+    A gated tile keeps two accumulators, so it takes half the columns. float32 runs on FMA
+    units (IEEE), where a large tile only costs registers.
     """
     if dtype == torch.float32:
         return GemmConfig(16 if rows_per_expert <= 16 else 64, 32 if gated else 64, 32, 4, 3)
+    block_n = 64 if gated else 128
     if rows_per_expert <= 16:
-        return GemmConfig(16, 64 if gated else 128, 128, 4, 3)
-    if rows_per_expert <= 64:
-        return GemmConfig(64, 64 if gated else 128, 64, 4, 3)
-    return GemmConfig(128, 128, 64, 8, 3)
+        return GemmConfig(16, block_n, 128, 4, 3)
+    return GemmConfig(64, block_n, 64, 4, 3) if rows_per_expert <= 64 else GemmConfig(128, block_n, 64, 8, 3)
 
 
 def ragged_config(dtype: torch.dtype) -> GemmConfig:
@@ -236,6 +237,7 @@ class _GroupedGemm(torch.autograd.Function):
         return launch_grouped_gemm(rows, weights, plan, transpose=transpose)[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows, weights = ctx.saved_tensors
         d_out, d_rows, d_weights = d_out.contiguous(), None, None

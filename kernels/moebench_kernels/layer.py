@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moebench_kernels.activation import ACTIVATIONS, input_maps, launch_activation_backward
 from moebench_kernels.checks import (
@@ -30,7 +31,7 @@ from moebench_kernels.checks import (
 from moebench_kernels.combine import combine_torch, launch_gather_sum
 from moebench_kernels.grouped_gemm import launch_grouped_gemm, launch_ragged_gemm
 from moebench_kernels.plan import Plan, routing_plan, routing_plan_torch
-from moebench_kernels.projections import check_even, down_projection_torch, up_projection_torch
+from moebench_kernels.projections import check_gate_up, down_projection_torch, up_projection_torch
 
 
 def moe_layer_torch(
@@ -54,6 +55,7 @@ class _MoELayer(torch.autograd.Function):
         return launch_gather_sum(rows, weights, plan)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, w_gate_up, w_down, z = ctx.saved_tensors
         plan, dy, dx, dw_gate_up, dw_down = ctx.plan, dy.contiguous(), None, None, None
@@ -96,8 +98,7 @@ def moe_layer(
     T, D = x.shape
     check_tensor("ids", ids, (T, "K"), INTEGERS)
     check_tensor("weights", weights, tuple(ids.shape), (torch.float32,))
-    check_tensor("w_gate_up", w_gate_up, ("E", f"{input_maps(activation)}F", D), FLOATS)
-    check_even(w_gate_up, activation)
+    check_gate_up(w_gate_up, "E", D, activation)
     E, F = w_gate_up.shape[0], w_gate_up.shape[1] // input_maps(activation)
     check_tensor("w_down", w_down, (E, D, F), FLOATS)
     check_same_dtype(x=x, w_gate_up=w_gate_up, w_down=w_down)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moebench_kernels.checks import FLOATS, check_launch, check_tensor
 from moebench_kernels.combine import launch_gather_sum
@@ -70,6 +71,7 @@ class _Permute(torch.autograd.Function):
         return rows
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
         return launch_gather_sum(d_rows.contiguous(), None, ctx.plan), None
 

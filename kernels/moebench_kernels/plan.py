@@ -64,6 +64,13 @@ class Plan:
         """int32 [T*K], the token of each row; -1 from offsets[E] on."""
         return torch.div(self.row2assignment, self.top_k, rounding_mode="floor")
 
+    @property
+    def row2expert(self) -> Tensor:
+        """int32 [T*K], the expert of each row; -1 from offsets[E] on."""
+        row = torch.arange(self.n_rows, dtype=torch.int32, device=self.offsets.device)
+        expert = torch.searchsorted(self.offsets[1:], row, right=True, out_int32=True)
+        return expert.masked_fill(self.row2assignment < 0, -1)
+
 
 def routing_plan_torch(ids: Tensor, n_experts: int) -> Plan:
     """Reference of `routing_plan`; runs on any device."""

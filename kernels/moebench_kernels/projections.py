@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moebench_kernels.activation import ACTIVATIONS, activate_torch, input_maps, launch_activation_backward
 from moebench_kernels.checks import FLOATS, check_choice, check_launch, check_same_dtype, check_tensor
@@ -53,6 +54,7 @@ class _UpProjection(torch.autograd.Function):
         return hidden
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_hidden: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         x, w_gate_up, z = ctx.saved_tensors
         plan, dx, dw = ctx.plan, None, None
@@ -88,17 +90,18 @@ def up_projection(
     """
     check_choice("activation", activation, ACTIVATIONS)
     check_tensor("x", x, (plan.n_rows if permuted else plan.n_tokens, "D"), FLOATS)
-    check_tensor("w_gate_up", w_gate_up, (plan.n_experts, f"{input_maps(activation)}F", x.shape[1]), FLOATS)
-    check_even(w_gate_up, activation)
+    check_gate_up(w_gate_up, plan.n_experts, x.shape[1], activation)
     check_same_dtype(x=x, w_gate_up=w_gate_up)
     check_launch(x=x, w_gate_up=w_gate_up, plan=plan.counts)
     keep = torch.is_grad_enabled() and (x.requires_grad or w_gate_up.requires_grad)
     return _UpProjection.apply(x, w_gate_up, plan, activation, permuted, keep)
 
 
-def check_even(w_gate_up: Tensor, activation: str) -> None:
-    """Raise ValueError where a gated activation cannot halve the rows of w_gate_up."""
-    if w_gate_up.shape[1] % input_maps(activation):
+def check_gate_up(w_gate_up: Tensor, n_experts: int | str, D: int, activation: str) -> None:
+    """Raise unless w_gate_up is [E, mF, D] with m as the activation has it."""
+    gated = input_maps(activation) == 2
+    check_tensor("w_gate_up", w_gate_up, (n_experts, "2F" if gated else "F", D), FLOATS)
+    if gated and w_gate_up.shape[1] % 2:
         raise ValueError(
             f"w_gate_up has {w_gate_up.shape[1]} rows an expert; {activation} needs an even number (gate, up)"
         )

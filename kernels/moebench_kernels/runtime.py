@@ -6,6 +6,7 @@ recognises `tl.constexpr` parameters by the annotation object, not by its text.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,7 @@ def interpreting() -> bool:
     return _OURS_INTERPRETED
 
 
+@cache
 def triton_available() -> tuple[bool, str]:
     """Whether the kernels can run here on some device, and why not (or how)."""
     if triton is None:
