@@ -5,15 +5,17 @@ from moebench.analyse.headlines import Headline, headlines
 from moebench.analyse.load import Run, load_run, load_runs, records_to_table, write_results
 from moebench.analyse.names import name_rows
 from moebench.analyse.ratios import paired, ratios
-from moebench.analyse.select import pareto, telling_rows
+from moebench.analyse.select import NOISE, fronts, pareto, telling_rows
 
 __all__ = [
+    "NOISE",
     "Axis",
     "Cap",
     "Headline",
     "Run",
     "cap",
     "default_baseline",
+    "fronts",
     "headlines",
     "load_run",
     "load_runs",

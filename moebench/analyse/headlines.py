@@ -210,12 +210,9 @@ def _place(headline: Headline, part: str) -> Headline:
 @functools.lru_cache(maxsize=1024)
 def moe_layers(model_id: str) -> int | None:
     """MoE layers of a preset (of the one kind, for ids like `swin-moe-s-64:stage3`); null for other shapes."""
-    from moebench.catalogue.models import model
+    from moebench.catalogue.models import models
 
     name, _, kind = model_id.partition(":")
-    try:
-        spec = model(name)
-    except ValueError:
-        return None
-    counts = [layers.count for layers in spec.layers if not kind or layers.name == kind]
+    spec = models().get(name)
+    counts = [layers.count for layers in spec.layers if not kind or layers.name == kind] if spec else []
     return sum(counts) or None

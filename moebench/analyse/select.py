@@ -8,6 +8,7 @@ import pandas as pd
 from moebench.record import FAULTS
 
 FRONTS = ("fidelity_error", "peak_memory_bytes", "energy_j_per_token", "usd_per_mtok")
+NOISE = 1e-6  # smaller fidelity errors differ only by the order of float32 sums
 
 
 def pareto(table: pd.DataFrame, x: str, y: str) -> pd.Series:
@@ -32,6 +33,12 @@ def pareto(table: pd.DataFrame, x: str, y: str) -> pd.Series:
     return leads.reindex(table.index, fill_value=False).astype(bool)
 
 
+def fronts(table: pd.DataFrame) -> pd.DataFrame:
+    """For each of `FRONTS`: is a row on the front of latency against it? Fidelity errors in the noise are equal."""
+    floored = table.assign(fidelity_error=table["fidelity_error"].clip(lower=NOISE))
+    return pd.DataFrame({cost: pareto(floored, "latency_ms", cost) for cost in FRONTS}, index=table.index)
+
+
 def telling_rows(table: pd.DataFrame, limit: int = 5000) -> pd.DataFrame:
     """At most `limit` rows, in the table's order: faults, winners, losers, Pareto points, flagged, an even sample.
 
@@ -54,13 +61,10 @@ def telling_rows(table: pd.DataFrame, limit: int = 5000) -> pd.DataFrame:
 def _interests(table: pd.DataFrame) -> list[np.ndarray]:
     arms = table[(table["role"] == "arm") & (table["status"] == "measured")]
     by_contest = arms.groupby(["block", "scope"])["latency_ms"]
-    fronts = np.zeros(len(table), dtype=bool)
-    for cost in FRONTS:
-        fronts |= pareto(table, "latency_ms", cost).to_numpy()
     return [
         table["status"].isin(FAULTS).to_numpy(dtype=bool),
         table.index.isin(by_contest.idxmin()),
         table.index.isin(by_contest.idxmax()),
-        fronts,
+        fronts(table).any(axis=1).to_numpy(),
         table["flags"].map(len).to_numpy() > 0,
     ]

@@ -1,0 +1,164 @@
+"""What the page says in words and small tables: scores, faults, flags, absences, the manifest."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moebench.analyse import Cap, Run, cap, default_baseline
+from moebench.analyse.numbers import significant
+from moebench.record import FAULTS, STATUSES, Manifest
+from moebench.report.columns import COLUMNS, FLAGS
+
+POLYGONS = 4
+REASONS = 200  # most lines of the faults table
+
+
+def scores(table: pd.DataFrame, baseline: str | None = None) -> Cap | None:
+    """CAP scores of one run; null where nothing was measured.
+
+    Raises:
+        ValueError: the named baseline was never measured.
+    """
+    baseline = baseline or default_baseline(table)
+    return None if baseline is None else cap(table, baseline)
+
+
+def score_table(found: Cap) -> dict[str, Any]:
+    """Rows for the key table beside the radar: variants by axes, the baseline first, then the faster ones."""
+    axes = [axis.name for axis in found.axes]
+    cells = {(row.variant, row.axis): row for row in found.scores.itertuples()}
+    variants = ranked_variants(found)
+    lines = [
+        {"variant": name, "baseline": name == found.baseline, "cells": [_cell(cells[name, axis]) for axis in axes]}
+        for name in variants
+    ]
+    return {"axes": axes, "lines": lines, "missing": {axis.name: axis.missing for axis in found.axes if axis.missing}}
+
+
+def ranked_variants(found: Cap) -> list[str]:
+    """The baseline, then variants by how many axes they have and the geometric mean of their speeds."""
+    wide = found.scores.pivot_table(index="variant", columns="axis", values="ratio", sort=False)
+    speed = np.log(wide.reindex(columns=[axis.name for axis in found.axes[:2]])).mean(axis=1)
+    order = pd.DataFrame({"axes": wide.notna().sum(axis=1), "speed": speed}).sort_values(
+        ["axes", "speed"], ascending=False
+    )
+    return [found.baseline, *(name for name in order.index if name != found.baseline)]
+
+
+def radar(found: Cap) -> dict[str, Any]:
+    """The radar's polygons: at most four, the baseline among them."""
+    cells = {(row.variant, row.axis): row.ratio for row in found.scores.itertuples()}
+    axes = [{"name": axis.name, "missing": axis.missing} for axis in found.axes]
+    shown = ranked_variants(found)[:POLYGONS]
+    polygons = [{"variant": name, "ratios": [_number(cells[name, axis.name]) for axis in found.axes]} for name in shown]
+    return {"baseline": found.baseline, "axes": axes, "polygons": polygons}
+
+
+def counts(table: pd.DataFrame) -> list[tuple[str, int]]:
+    """(status, rows) for the statuses present, in their fixed order; yardsticks not counted."""
+    found = table.loc[table["role"] == "arm", "status"].value_counts()
+    return [(status, int(found[status])) for status in STATUSES if status in found]
+
+
+def troubles(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Statuses with a reason, grouped: faults first, then by how often."""
+    rows = table[table["reason"].notna() & ~table["status"].isin(["measured", "verified"])]
+    grouped = rows.groupby(["status", "variant", "reason"], sort=False)
+    lines = grouped.agg(rows=("anchor", "size"), anchor=("anchor", "first")).reset_index()
+    lines["fault"] = lines["status"].isin(FAULTS)
+    return lines.sort_values(["fault", "rows"], ascending=False, kind="stable").head(REASONS).to_dict("records")
+
+
+def flags(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Each flag, how many rows carry it, and what it means."""
+    every = table["flags"].explode().dropna()
+    found = every.value_counts().head(REASONS)
+    return [{"flag": name, "rows": int(n), "meaning": FLAGS.get(str(name).split(":")[0], "")} for name, n in found.items()]
+
+
+def absences(table: pd.DataFrame, manifests: list[Manifest]) -> list[str]:
+    """A sentence for each quantity no row has, with the reason."""
+    measured = table[table["status"] == "measured"]
+    if measured.empty:
+        return []
+    groups = {column.group: column.key for column in COLUMNS if column.group}
+    absent = [group for group, key in groups.items() if measured[key].isna().all()]
+    return [f"{group[0].upper()}{group[1:]}: {why_absent(group, measured, manifests)}." for group in absent]
+
+
+def why_absent(group: str, measured: pd.DataFrame, manifests: list[Manifest]) -> str:
+    """Why no row carries this quantity."""
+    devices = ", ".join(dict.fromkeys(manifest.device for manifest in manifests))
+    if group == "energy":
+        sources = set(measured["energy_source"].dropna()) - {"none"}
+        return "the meter gave no usable window" if sources else f"no energy source was read on {devices}"
+    if group == "cost":
+        return f"no price is known for {devices}; --hardware FILE brings your own"
+    if group in ("S-MFU", "S-MBU"):
+        return f"no data-sheet peak is known for {devices}; “of limit” uses the ceilings measured here"
+    return "not measured in this run"
+
+
+def constants(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """What is the same for all rows and therefore has no column."""
+    keys = ("model", "direction", "traffic", "router", "precision", "scope", "device")
+    same = [(key, table[key].dropna().unique()) for key in keys]
+    return [(key.replace("_", " "), str(values[0])) for key, values in same if len(values) == 1]
+
+
+def ceilings(runs: list[Run]) -> dict[str, Any]:
+    """Per run_id: measured bandwidth (GB/s) and GEMM TFLOP/s by precision; null where not measured."""
+    return {run.manifest.run_id: _ceiling(run.manifest.ceilings) for run in runs}
+
+
+def _ceiling(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    found = found or {}
+    speeds = [found[key] for key in ("copy_gbs", "read_gbs") if found.get(key)]
+    compute = {str(name): float(value) for name, value in (found.get("gemm_tflops") or {}).items() if value}
+    return {"gbs": float(max(speeds)), "tflops": compute} if speeds and compute else None
+
+
+def facts(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The manifest as titled lists of (name, value)."""
+    run = manifest.model_dump(exclude={"suite_text", "versions", "machine", "ceilings", "hardware", "cost", "providers"})
+    sections: list[tuple[str, Any]] = [
+        ("Run", run),
+        ("Machine", manifest.machine),
+        ("Versions", manifest.versions),
+        ("Measured ceilings", manifest.ceilings),
+        ("Data sheet", manifest.hardware),
+        ("Cost inputs", manifest.cost),
+        ("Providers", manifest.providers),
+    ]
+    return [(title, _lines(values)) for title, values in sections]
+
+
+def _lines(values: dict[str, Any] | None) -> list[tuple[str, str]]:
+    return [(str(name).replace("_", " "), _text(value)) for name, value in (values or {}).items() if value not in ({}, "")]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return significant(value, 4)
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_text(inner)}" for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value))
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _cell(row: Any) -> dict[str, Any]:
+    value = _number(row.ratio)
+    return {"text": "" if value is None else f"{significant(value)}×", "n": int(row.n), "reason": row.reason}
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(f"{value:.5g}")
