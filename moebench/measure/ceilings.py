@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -27,11 +28,15 @@ MIN_BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 CACHES = 4  # a buffer of this many last-level caches finds next to nothing of itself in them
 
 
-class Probe(NamedTuple):
-    """Something to time: the call and its work (FLOPs or bytes)."""
+Thunk = Callable[[], object]
+Seconds = Callable[[Thunk], float]
 
-    call: Callable[[], object]
+
+class Probe(NamedTuple):
+    """Something to time: its work (FLOPs or bytes), and what allocates its buffers and returns the call."""
+
     work: float
+    build: Callable[[], Thunk]
 
 
 class Rate(NamedTuple):
@@ -41,10 +46,7 @@ class Rate(NamedTuple):
     spread: float
 
 
-Seconds = Callable[[Callable[[], object]], float]
-
-
-def measure_ceilings(device: str, precisions: Iterable[str], *, seconds_per_probe: float = 2.0) -> dict[str, Any]:
+def measure_ceilings(device: str, precisions: Sequence[str], *, seconds_per_probe: float = 2.0) -> dict[str, Any]:
     """GEMM FLOP/s by precision, copy and read bandwidth of "cpu" or "cuda".
 
     Returns:
@@ -58,10 +60,10 @@ def measure_ceilings(device: str, precisions: Iterable[str], *, seconds_per_prob
     begin = time.perf_counter()
     kind = torch.device(device).type
     buffer_bytes = _buffer_bytes(kind)
-    probes: dict[str, Iterable[Callable[[], Probe]]] = {
+    probes = {
         **{f"gemm_{name}": _gemms(kind, _dtype(name)) for name in precisions},
-        "copy": [lambda: _copy(kind, buffer_bytes)],
-        "read": [lambda: _read(kind, buffer_bytes, torch.amax), lambda: _read(kind, buffer_bytes, torch.sum)],
+        "copy": [_copy(kind, buffer_bytes)],
+        "read": [_read(kind, buffer_bytes, torch.amax), _read(kind, buffer_bytes, torch.sum)],
     }
     rates, reasons = _run(probes, seconds_per_probe, stopwatch(kind))
     return {
@@ -76,7 +78,7 @@ def measure_ceilings(device: str, precisions: Iterable[str], *, seconds_per_prob
 
 
 def _run(
-    probes: dict[str, Iterable[Callable[[], Probe]]], seconds: float, timed: Seconds
+    probes: dict[str, list[Probe]], seconds: float, timed: Seconds
 ) -> tuple[dict[str, Rate | None], dict[str, str]]:
     rates: dict[str, Rate | None] = {}
     reasons = {}
@@ -89,7 +91,7 @@ def _run(
 
 
 def best_rate(
-    candidates: Iterable[Callable[[], Probe]],
+    candidates: Iterable[Probe],
     seconds: float,
     timed: Seconds,
     clock: Callable[[], float] = time.perf_counter,
@@ -102,11 +104,10 @@ def best_rate(
     deadline = clock() + seconds
     best = Rate(0.0, 0.0)
     per_work = 0.0
-    for make in candidates:
-        probe = make()
+    for probe in candidates:
         if per_work * probe.work * FIRST_SAMPLES > deadline - clock():
             break
-        times = _sample(probe.call, deadline, timed, clock)
+        times = _sample(probe.build(), deadline, timed, clock)
         per_work = median(times) / probe.work
         best = max(best, Rate(probe.work / _best_median(times), (max(times) - min(times)) / median(times)))
     return best
@@ -118,7 +119,7 @@ def _best_median(times: list[float]) -> float:
     return min(median(group) for group in whole or [times])
 
 
-def _sample(call: Callable[[], object], deadline: float, timed: Seconds, clock: Callable[[], float]) -> list[float]:
+def _sample(call: Thunk, deadline: float, timed: Seconds, clock: Callable[[], float]) -> list[float]:
     first = timed(call)  # kept only where there was no time for another
     times: list[float] = []
     while len(times) < SAMPLES and clock() < deadline:
@@ -135,7 +136,7 @@ def stopwatch(kind: str) -> Seconds:
     return _host_seconds
 
 
-def _host_seconds(call: Callable[[], object]) -> float:
+def _host_seconds(call: Thunk) -> float:
     begin = time.perf_counter_ns()
     call()
     return (time.perf_counter_ns() - begin) / 1e9
@@ -147,33 +148,34 @@ def _dtype(precision: str) -> torch.dtype:
     return DTYPES[precision]
 
 
-def _gemms(kind: str, dtype: torch.dtype) -> list[Callable[[], Probe]]:
+def _gemms(kind: str, dtype: torch.dtype) -> list[Probe]:
     room = available_bytes(kind) / 4
     sizes = [n for n in GEMM_SIZES[kind] if 3 * n * n * dtype.itemsize <= room]
-    return [lambda n=n: _gemm(kind, n, dtype) for n in sizes or GEMM_SIZES[kind][:1]]  # type: ignore[misc]
+    return [Probe(2.0 * n**3, partial(_gemm, kind, n, dtype)) for n in sizes or GEMM_SIZES[kind][:1]]
 
 
-def _gemm(kind: str, n: int, dtype: torch.dtype) -> Probe:
+def _gemm(kind: str, n: int, dtype: torch.dtype) -> Thunk:
     # Random numbers: zeros draw less power and let a GPU clock higher than any real layer does.
-    a, b = (torch.randn(n, n, device=kind).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    return Probe(lambda: torch.mm(a, b, out=out), 2.0 * n**3)
+    random = torch.Generator(kind).manual_seed(0)  # not the global one, whose state others rely on
+    a, b = (torch.randn(n, n, device=kind, generator=random).to(dtype) for _ in range(2))
+    return partial(torch.mm, a, b, out=torch.empty_like(a))
 
 
 def _buffer_bytes(kind: str) -> int:
     wanted = max(MIN_BUFFER_BYTES[kind], CACHES * (llc_bytes(kind) or 0))
-    return max(1 << 20, min(wanted, available_bytes(kind) // 8))
+    return max(1 << 20, min(wanted, available_bytes(kind) // 8)) // 4 * 4
 
 
 def _copy(kind: str, size: int) -> Probe:
-    source = torch.ones(size // 4, device=kind)
-    target = torch.zeros_like(source)
-    return Probe(lambda: target.copy_(source), 2.0 * 4 * source.numel())
+    def build() -> Thunk:
+        source = torch.ones(size // 4, device=kind)
+        return partial(torch.zeros_like(source).copy_, source)
+
+    return Probe(2.0 * size, build)
 
 
 def _read(kind: str, size: int, reduce: Callable[[torch.Tensor], torch.Tensor]) -> Probe:
-    source = torch.ones(size // 4, device=kind)
-    return Probe(lambda: reduce(source), 4.0 * source.numel())
+    return Probe(1.0 * size, lambda: partial(reduce, torch.ones(size // 4, device=kind)))
 
 
 def _scaled(rate: Rate | None, unit: float) -> float | None:

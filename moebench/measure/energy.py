@@ -189,12 +189,12 @@ def _window(meter: EnergyMeter, advance: RunFor, seconds: float, clock: Clock) -
 
 
 def _next_tick(meter: EnergyMeter, advance: RunFor, clock: Clock) -> tuple[_Mark, int, bool]:
-    """Advance in quarter periods until the counter moves; (where, the calls it took, whether it moved)."""
+    """Advance in tenths of a period until the counter moves; (where, the calls it took, whether it moved)."""
     period = meter.update_period_s
     before, calls = meter.read_j(), 0
     deadline = clock() + PATIENCE * period
     while True:
-        calls += advance(period / 4)
+        calls += advance(period / 10)
         mark = _Mark(meter.read_j(), clock())
         if mark.joules != before or mark.at >= deadline:
             return mark, calls, mark.joules != before

@@ -1,0 +1,117 @@
+"""A GPU made of two clocks: kernels queue up on one stream, the host launches them and may wait."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+HOST_LAUNCH_MS = 0.01
+CYCLES_PER_MS = 2_000_000
+
+
+class FakeCuda:
+    """Stands in for `torch.cuda`, as far as the timers use it. Times in ms.
+
+    `host` and `device` are the clocks; a kernel starts when it is launched or when the one before it
+    ends, whichever is later. While a graph is captured, kernels are recorded instead, and waiting
+    raises, as CUDA does.
+    """
+
+    def __init__(self):
+        self.host = self.device = 0.0
+        self.captured = None
+        self.mode = "default"
+        self.current = SimpleNamespace(name="default", wait_stream=lambda other: None)
+        self.log = []
+        self.empty_captures = False
+
+    def kernel(self, ms):
+        self.host += HOST_LAUNCH_MS
+        if self.captured is not None:
+            if not self.empty_captures:
+                self.captured.append(ms)
+        else:
+            self.device = max(self.device, self.host) + ms
+
+    def item(self):
+        """What `.item()` does: wait for the device."""
+        if self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        self.synchronize()
+
+    def synchronize(self):
+        if self.captured is not None:
+            raise RuntimeError("operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+        self.host = max(self.host, self.device)
+
+    def perf_counter_ns(self):
+        return round(self.host * 1e6)
+
+    def _sleep(self, cycles):
+        self.device = max(self.device, self.host) + cycles / CYCLES_PER_MS
+
+    def Event(self, enable_timing):  # noqa: N802
+        return FakeEvent(self)
+
+    def Stream(self):  # noqa: N802
+        return SimpleNamespace(name="side", wait_stream=lambda other: None)
+
+    def current_stream(self):
+        return self.current
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def get_sync_debug_mode(self):
+        return self.mode
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def CUDAGraph(self):  # noqa: N802
+        return FakeGraph(self)
+
+    @contextmanager
+    def graph(self, graph, pool):
+        import warnings
+
+        graph.pool = pool
+        self.current = SimpleNamespace(name="capture")  # like torch, not put back when the capture raises
+        self.captured = graph.kernels
+        try:
+            yield
+        finally:
+            self.captured = None
+        if not graph.kernels:
+            warnings.warn("The CUDA Graph is empty. Was it captured on the wrong stream?", UserWarning, stacklevel=2)
+
+    def empty_cache(self):
+        self.log.append("empty_cache")
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def record(self):
+        # An event happens when the device reaches it, and not before the host has asked for it.
+        self.at = self.cuda.device = max(self.cuda.device, self.cuda.host)
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+class FakeGraph:
+    def __init__(self, cuda):
+        self.cuda, self.kernels, self.replays = cuda, [], 0
+
+    def replay(self):
+        self.replays += 1
+        self.cuda.host += HOST_LAUNCH_MS
+        self.cuda.device = max(self.cuda.device, self.cuda.host) + sum(self.kernels)
