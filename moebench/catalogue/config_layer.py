@@ -19,9 +19,10 @@ def layer_of(family: Family, values: Values, hidden_size: int) -> LayerSpec:
         ValueError: an impossible value, or one that a LayerSpec cannot express.
     """
     experts = values.count(family.experts, least=2)
-    top_k = values.same_count(family.top_k)
+    picks = family.top_k.removeprefix("each ")
+    top_k = values.same_count(picks) if picks != family.top_k else values.count(picks)
     if top_k > experts:
-        raise values.fault(family.top_k, top_k, f"at most the {experts} experts ({family.experts.split('|')[0]})")
+        raise values.fault(picks, top_k, f"at most the {experts} experts ({family.experts.split('|')[0]})")
     activation, expert_bias = _activation(family, values)
     count, width, combine = _shared(family, values)
     return LayerSpec(

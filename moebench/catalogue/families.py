@@ -1,10 +1,14 @@
 """The Hugging Face MoE families: where each config.json keeps what, and what it means when it is silent. No torch.
 
-One row of families.csv a family. `experts`, `top_k`, `ffn` (a routed expert's width), `dense` (a dense layer's
-width), `layers`, `hidden`: key names. `router`, `normalise`, `scale`, `shared`, `sparse`, `activation`: rules of
-`moebench.catalogue.huggingface`; `attention`: a rule of `moebench.catalogue.mixing`, blank where it is not
-modelled. `norms`: norm vectors a layer ("b": with biases). `vision_of`: the multimodal model whose text part this
-is. `defaults`: what transformers takes for a key that is left out.
+One row of families.csv a family:
+    experts, top_k, ffn, dense, layers, hidden: key names; ffn is a routed expert's width, dense a dense layer's;
+        "each KEY": the file may also hold a list of one number a layer
+    router, normalise, scale, shared, activation: rules of `moebench.catalogue.config_layer`
+    sparse: which layers are MoE layers, a rule of `moebench.catalogue.sparse`
+    attention: a rule of `moebench.catalogue.mixing`; blank where it is not modelled
+    norms: norm vectors a layer ("b": with biases)
+    vision_of: the multimodal model whose text part this is
+    defaults: what transformers takes for a key that is left out
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ REFUSED = {
     "doge": "its experts are single neurons found by product keys",
     "ernie4_5_vl_moe": "text and image tokens have experts of different widths",
     "gemma4": "its dense and expert FFNs run side by side with norms of their own",
+    "inkling": "its router also weighs the shared experts",
     "inkling_mm_model": "its router also weighs the shared experts",
     "inkling2": "its experts cap their gate and up values",
     "muse_spark": "its experts run in a narrower space behind a projection",
@@ -72,6 +77,8 @@ def known() -> list[str]:
 
 def text_family(model_type: str) -> Family | None:
     """The family of a multimodal model's text part, or None."""
+    if not model_type:
+        return None
     return next((family for family in families().values() if family.vision_of == model_type), None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import tomllib
 from collections.abc import Mapping
@@ -160,13 +161,13 @@ def _read(path: Path) -> dict[str, Hardware]:
 
 
 def _csv_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, Any]]]:
-    reader = csv.DictReader(text.splitlines(), restkey="", strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: not CSV: {error}") from None
     for number, row in enumerate(rows, 2):
-        if "" in row:
+        if None in row:
             raise ValueError(f"{path}: row {number}: more cells than columns")
     return list(enumerate(rows, 2))
 
@@ -187,7 +188,7 @@ def _row(where: str, number: int, values: Mapping[str, Any]) -> Hardware:
     for column in values:
         if column not in COLUMNS:
             raise ValueError(f"{place}: unknown column {column!r}{nearest(column, COLUMNS)}")
-    given = {column: value for column, value in values.items() if value not in ("", None)}
+    given = {column: value for column, value in values.items() if value is not None and str(value).strip()}
     if not given.get("name"):
         raise ValueError(f"{place}: name is missing")
     return Hardware(**{column: _cell(place, column, value) for column, value in given.items()})
@@ -197,7 +198,7 @@ def _cell(place: str, column: str, value: Any) -> Any:
     if column in TEXT_COLUMNS:
         if not isinstance(value, str):
             raise ValueError(f"{place}: {column} is {value!r}; it must be text")
-        return value
+        return value.strip()
     number = _number(value)
     least, reached = AT_LEAST.get(column, (0.0, True))
     fits = number is not None and (number >= least if reached else number > least)

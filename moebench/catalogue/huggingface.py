@@ -55,7 +55,7 @@ def read_config(path: Path) -> ModelSpec:
         layers=kinds,
         computed_total=parts.total if parts else None,
         computed_active=parts.active if parts else None,
-        uncounted=_uncounted(family, parts, nested),
+        uncounted=_uncounted(family, values, parts, nested),
         source=str(path),
         notes=f"read from {path.name} as {family.model_type}",
     )
@@ -176,7 +176,10 @@ def _parts(
     )
 
 
-def _uncounted(family: Family, parts: Parts | None, nested: bool) -> str | None:
+def _uncounted(family: Family, values: Values, parts: Parts | None, nested: bool) -> str | None:
     if parts is None:
         return f"the attention of {family.model_type} is not modelled"
-    return "not counted: vision and audio towers" if nested else None
+    left_out = ["vision and audio towers"] if nested else []
+    if values.optional_count("num_nextn_predict_layers|num_mtp_layers"):
+        left_out.append("multi-token-prediction layers")
+    return f"not counted: {', '.join(left_out)}" if left_out else None

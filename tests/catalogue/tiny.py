@@ -36,6 +36,7 @@ CLASSES = {
     "unlimited_ocr_text": ("unlimited_ocr", "UnlimitedOcrTextConfig", "UnlimitedOcrTextModel"),
 }  # fmt: skip
 DEPTH = 6
+VOCABULARY = 300_000  # above every default padding id
 
 
 def config_of(model_type: str, **changed: Any) -> Any:
@@ -70,7 +71,9 @@ def _named(model_type: str, which: int) -> Any:
 
 # Selection biases are no weights of the layer (design: auxiliary biases are not counted).
 AUXILIARY = re.compile(r"e_score_correction_bias|mlp\.expert_bias|feed_forward\.expert_bias|\.mlp\.bias$")
-MOE = re.compile(r"(\.experts[._]|\.router\.|\.mlp\.gate\.|\.mixer\.gate\.|feed_forward\.gate\.|shared_expert|shared_mlp|\.wg\.|\.mlp\.(?:in|out)put_linear)")
+MOE = re.compile(
+    r"(\.experts[._]|\.router\.|\.mlp\.gate\.|\.mixer\.gate\.|feed_forward\.gate\.|shared_expert|shared_mlp|\.wg\.|\.mlp\.(?:in|out)put_linear)"
+)
 
 
 def moe_layers(model: torch.nn.Module) -> dict[str, int]:
@@ -95,9 +98,12 @@ def other_sizes(model_type: str) -> dict[str, Any]:
     row = families()[model_type]
     if model_type == "dbrx":
         ffn = {"hidden_size": 1024, "moe_num_experts": 24, "moe_top_k": 3, "ffn_hidden_size": 320}
-        return {"d_model": 1024, "vocab_size": 5000, "n_heads": 8, "ffn_config": ffn}
-    first = {name: getattr(row, name).split("|")[0] for name in ("hidden", "experts", "top_k", "ffn", "dense")}
-    sizes = {first["ffn"]: 320, first["experts"]: 24, first["hidden"]: 960, "vocab_size": 5000}
+        return {"d_model": 1024, "vocab_size": VOCABULARY, "n_heads": 8, "ffn_config": ffn}
+    first = {
+        name: getattr(row, name).removeprefix("each ").split("|")[0]
+        for name in ("hidden", "experts", "top_k", "ffn", "dense")
+    }
+    sizes = {first["ffn"]: 320, first["experts"]: 24, first["hidden"]: 960, "vocab_size": VOCABULARY}
     if first["dense"] and first["dense"] != first["ffn"]:
         sizes[first["dense"]] = 448
     if not first["top_k"].startswith("="):
@@ -117,7 +123,13 @@ SHARED_SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"n_shared_experts": 2, "qk_rope_head_dim": 32, "v_head_dim": 96, "first_k_dense_replace": 1},
     "glm4_moe": {"use_qk_norm": True, "head_dim": 128, "attention_bias": True},
     "gpt_oss": {"attention_bias": False},
-    "jamba": {"expert_layer_period": 3, "attn_layer_period": 3, "mamba_expand": 1, "mamba_proj_bias": True},
+    "jamba": {
+        "expert_layer_period": 3,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 2,
+        "mamba_expand": 1,
+        "mamba_proj_bias": True,
+    },
     "jetmoe": {},
     "llama4_text": {"interleave_moe_layer_step": 3, "num_attention_heads": 8},
     "ernie4_5_moe": {"moe_layer_start_index": 2, "moe_layer_end_index": 4, "moe_num_shared_experts": 1},
@@ -129,8 +141,6 @@ SHARED_SIZES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"moe_shared_expert_intermediate_size": 640},
 }
 
-# Names of transformers families that have experts but no expert FFN a token is routed to.
-NOT_FFN_EXPERTS: dict[str, str] = {}
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num")
 
 
