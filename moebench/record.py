@@ -180,7 +180,7 @@ class Journal:
         self.path = path
 
     def read(self) -> list[Record]:
-        """All whole records, each point once (the last one written stands).
+        """All whole records, each point and replicate once (the last one written stands).
 
         Raises:
             ValueError: a line before the last is not a record.
@@ -195,7 +195,7 @@ class Journal:
             except ValidationError as error:
                 what = error.errors()[0]["msg"]
                 raise ValueError(f"{self.path}: line {number} is not a record: {what}") from None
-            records[record.point_id] = record
+            records[record.point_id, record.replicate] = record
         return list(records.values())
 
     def append(self, records: list[Record]) -> None:

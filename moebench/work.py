@@ -70,6 +70,15 @@ def point_work(
     return _with_backward(work) if problem.direction == "forward_backward" else work
 
 
+def dense_work(problem: Problem, variant: Variant) -> Work:
+    """Work of the dense-ffn yardstick: one FFN of width K*F on every token, no router."""
+    layer, b = problem.layer, BYTES_PER_WEIGHT[variant.precision]
+    params = layer.top_k * layer.expert_params() + (layer.shared_params() if variant.scope == "layer" else 0)
+    hidden = problem.tokens * layer.hidden_size * b
+    work = Work(2.0 * problem.tokens * params, params * b, hidden, hidden)
+    return _with_backward(work) if problem.direction == "forward_backward" else work
+
+
 def stage_work(layer: LayerSpec, tokens: int, active_experts: float, kept: float, b: float) -> dict[str, Work]:
     """Work of each stage alone, its intermediate inputs and outputs included."""
     T, D, F, E, K = tokens, layer.hidden_size, layer.expert_ffn_size, layer.routed_experts, layer.top_k

@@ -52,11 +52,14 @@ class Worker:
         self.device = "cuda" if device_kind != "cpu" and torch.cuda.is_available() else "cpu"
         if self.kind == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32; this process is ours alone
+        else:
+            os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it once
         return {
             "device_kind": self.kind,
             "device": device.device_name(self.kind),
             "machine": device.machine_facts(self.kind),
             "versions": device.versions(),
+            "cache_bytes": device.llc_bytes(self.kind),
             "available_bytes": memory.available_bytes(self.kind),
         }
 

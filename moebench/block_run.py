@@ -1,0 +1,310 @@
+"""One block, measured: build, check, warm, sample in shuffled rounds; a fault costs its own point. No torch.
+
+The worker is asked for one thing at a time, so the message in flight names the
+culprit when it dies or hangs. Then the samples of the block so far are
+discarded, a fresh worker rebuilds the others, and the block goes on without it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from moebench.measure.latency import SLOW_CALL_MS, enough, shortfall
+from moebench.point import YARDSTICKS, Block, Point, Problem, Variant, digest
+from moebench.refusal import refusal
+from moebench.remote import Reply, WorkerLost
+from moebench.suite import Budget
+from moebench.work import Work, dense_work, point_work
+
+BURST_S = 0.02  # bursts are short so that rounds are many: drift then hits every arm alike
+MAX_BURST = 10
+MIN_ROUNDS = 6  # ratios are taken over common rounds, and fewer give no 95 % interval
+MAX_ROUNDS = 2000
+FEW_SAMPLES, STALLED = 5, 3  # below 5 samples a point may take 3 times its time
+NOTHING_TO_COMPARE = "no arm of this block can be timed here"
+BYTES_PER_SECOND = 50e6  # a slow host still makes this much of weights and oracle: lengthens deadlines of large layers
+
+
+class Asking(Protocol):
+    """A worker, or a stand-in for one."""
+
+    def ask(self, do: str, *, deadline_s: float, **arguments: Any) -> Reply: ...
+    def kill(self) -> None: ...
+
+
+@dataclass
+class Entry:
+    """What has become of one arm so far.
+
+    Attributes:
+        status: set once it is out of the race, with its reason.
+        facts, verdict, warmth: replies of the worker to arm, check and warm.
+    """
+
+    index: int
+    point: Point
+    role: str
+    status: str | None = None
+    reason: str | None = None
+    facts: Reply = field(default_factory=dict)
+    verdict: Reply | None = None
+    warmth: Reply = field(default_factory=dict)
+    peak: Reply = field(default_factory=dict)
+    energy: Reply = field(default_factory=dict)
+    samples_ms: list[float] = field(default_factory=list)
+    wall_ms: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
+
+    @property
+    def variant(self) -> Variant:
+        """How it computes the problem."""
+        return self.point.variant
+
+    @property
+    def live(self) -> bool:
+        """Whether it still runs."""
+        return self.status is None
+
+    @property
+    def spent_s(self) -> float:
+        """Sampling time so far."""
+        return sum(self.wall_ms) / 1e3
+
+    def fail(self, status: str, reason: str) -> None:
+        """Take it out of the race."""
+        self.status, self.reason = status, reason
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What does not change from block to block.
+
+    Attributes:
+        device_kind: cpu or cuda.
+        unavailable: provider -> reason.
+        check_only: stop after the check.
+        energy: whether to measure energy.
+    """
+
+    device_kind: str
+    budget: Budget
+    unavailable: dict[str, str]
+    check_only: bool = False
+    energy: bool = False
+    energy_window_s: float = 5.0
+    energy_trials: int = 3
+    energy_cool_down_s: float = 5.0
+
+
+def entries_of(block: Block, *, yardsticks: bool) -> list[Entry]:
+    """The block's arms, and the yardsticks that go with every block (gemm once for each precision)."""
+    points = [(point, "yardstick" if point.variant.provider == "dense-ffn" else "arm") for point in block.points()]
+    if yardsticks:
+        points += [(Point(block.problem, variant), "yardstick") for variant in yardstick_variants(block)]
+    return [Entry(index, point, role) for index, (point, role) in enumerate(points)]
+
+
+def yardstick_variants(block: Block) -> list[Variant]:
+    """copy and read once, gemm for each precision, at the scope of the block's first variant."""
+    first = block.variants[0]
+    precisions = list(dict.fromkeys(variant.precision for variant in block.variants))
+    return [
+        Variant(name, precision, scope=first.scope)
+        for name in YARDSTICKS
+        for precision in (precisions if name == "gemm" else precisions[:1])
+        if name != "gemm" or gemm_flops(block.problem, Variant(name, precision, scope=first.scope))
+    ]
+
+
+def gemm_flops(problem: Problem, variant: Variant) -> float:
+    """What the GEMM yardstick is to take: the FLOPs of the dropless point."""
+    return point_work(problem, variant).flops
+
+
+class BlockRun:
+    """One pass over one block.
+
+    Args:
+        start_worker: makes a fresh worker that has answered hello.
+        worker: one to start with.
+    """
+
+    def __init__(self, block: Block, settings: Settings, worker: Asking, start_worker: Callable[[], Asking]) -> None:
+        self.block, self.settings = block, settings
+        self.worker, self._start_worker = worker, start_worker
+        self.entries = entries_of(block, yardsticks=not settings.check_only)
+        self.state_flags: list[str] = []
+        self._asked: Entry | None = None
+        self._random = random.Random(digest(block.problem))
+
+    def run(self) -> list[Entry]:
+        """Every entry, measured or with a status and its reason."""
+        self._refuse()
+        while self._live():
+            try:
+                self._measure()
+                break
+            except WorkerLost as lost:
+                self._bury(lost)
+        return self.entries
+
+    def _live(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.live]
+
+    def _refuse(self) -> None:
+        for entry in self.entries:
+            provider = entry.variant.provider
+            reason = None if provider in YARDSTICKS else refusal(self.block.problem, entry.variant)
+            if reason:
+                entry.fail("not_applicable", reason)
+            elif provider in self.settings.unavailable:
+                entry.fail("unavailable", self.settings.unavailable[provider])
+        if all(entry.variant.provider in YARDSTICKS for entry in self._live()):
+            for entry in self._live():
+                entry.fail("skipped", NOTHING_TO_COMPARE)
+
+    def _bury(self, lost: WorkerLost) -> None:
+        culprits = [self._asked] if self._asked else self._live()
+        for entry in culprits:
+            entry.fail(lost.status, lost.reason)
+        for entry in self._live():
+            entry.samples_ms, entry.wall_ms, entry.rounds = [], [], []
+        self.worker.kill()
+        self.worker = self._start_worker()
+
+    def _measure(self) -> None:
+        self._open()
+        for entry in self._live():
+            self._prepare(entry)
+        for entry in self._live():
+            self._check(entry)
+        if self.settings.check_only:
+            return
+        timed = [entry for entry in self._live() if entry.facts["timed"]]
+        if all(entry.variant.provider in YARDSTICKS for entry in timed):
+            for entry in timed:
+                entry.fail("skipped", NOTHING_TO_COMPARE)
+            return
+        for entry in timed:
+            entry.warmth = self._ask(entry, "warm", max_seconds=min(2.0, self.settings.budget.seconds_per_point)) or {}
+        for entry in timed:
+            if entry.live and entry.role == "arm":
+                entry.peak = self._ask(entry, "memory") or {}
+        self._sample(timed)
+        if self.settings.energy:
+            self._measure_energy(timed)
+
+    def _open(self) -> None:
+        self._asked = None
+        problem = self.block.problem
+        precisions = list(dict.fromkeys(entry.variant.precision for entry in self._live()))
+        reply = self.worker.ask("open", deadline_s=self._deadline_s(), problem=plain(problem), precisions=precisions)
+        if "status" in reply:
+            for entry in self._live():
+                entry.fail(reply["status"], reply["reason"])
+
+    def _prepare(self, entry: Entry) -> None:
+        variant = entry.variant
+        if variant.provider in YARDSTICKS:
+            flops = gemm_flops(self.block.problem, variant)
+            reply = self._ask(entry, "yardstick", name=variant.provider, precision=variant.precision, flops=flops)
+        else:
+            reply = self._ask(entry, "arm", variant=plain(variant))
+        if reply and "not_applicable" in reply:
+            entry.fail("not_applicable", reply["not_applicable"])
+        entry.facts = reply or {}
+
+    def _check(self, entry: Entry) -> None:
+        if entry.verdict is None:
+            entry.verdict = self._ask(entry, "check")
+        wrong = (entry.verdict or {}).get("wrong")
+        if entry.live and wrong:
+            entry.fail("inaccurate", wrong)
+        if not entry.live:
+            self._ask(entry, "drop")
+
+    def _sample(self, timed: list[Entry]) -> None:
+        self._asked = None
+        self.worker.ask("state_begin", deadline_s=self._deadline_s())
+        for number in range(MAX_ROUNDS):
+            running = [entry for entry in timed if entry.live and not self._done(entry, number)]
+            if not running:
+                break
+            self._random.shuffle(running)
+            for entry in running:
+                self._burst(entry, number)
+        self._asked = None
+        self.state_flags = self.worker.ask("state_end", deadline_s=self._deadline_s()).get("flags", [])
+        for entry in timed:
+            if entry.live:
+                minimum = self.settings.budget.min_samples
+                entry.flags += shortfall(
+                    entry.samples_ms, device_kind=self.settings.device_kind, min_samples=minimum
+                )
+
+    def _burst(self, entry: Entry, number: int) -> None:
+        estimate_s = entry.warmth["estimate_ms"] / 1e3
+        count = max(1, min(MAX_BURST, int(BURST_S / max(estimate_s, 1e-9))))
+        reply = self._ask(entry, "burst", count=count, start=len(entry.samples_ms))
+        if reply:
+            entry.samples_ms += reply["device_ms"]
+            entry.wall_ms += reply["wall_ms"]
+            entry.rounds += [number] * len(reply["device_ms"])
+
+    def _measure_energy(self, timed: list[Entry]) -> None:
+        settings = self.settings
+        running = [entry for entry in timed if entry.live and entry.role == "arm"]
+        self._random.shuffle(running)
+        for entry in running:
+            window = {"window_s": settings.energy_window_s, "cool_down_s": settings.energy_cool_down_s}
+            entry.energy = self._ask(entry, "energy", trials=settings.energy_trials, **window) or {}
+
+    def _ask(self, entry: Entry, do: str, **arguments: Any) -> Reply | None:
+        """Ask about one entry; None when that raised there, and then the entry has its status."""
+        self._asked = entry
+        reply = self.worker.ask(do, deadline_s=self._deadline_s(entry, do), index=entry.index, **arguments)
+        if "status" not in reply:
+            return reply
+        entry.fail(reply["status"], reply["reason"])
+        return None
+
+    def _done(self, entry: Entry, rounds: int) -> bool:
+        """Known well enough, or out of time (one stalled burst is not yet out of time)."""
+        budget = self.settings.budget
+        few = len(entry.samples_ms) < FEW_SAMPLES
+        if entry.spent_s >= budget.seconds_per_point * (STALLED if few else 1):
+            return True
+        kind = self.settings.device_kind
+        slow = entry.warmth["estimate_ms"] > SLOW_CALL_MS
+        return (slow or rounds >= MIN_ROUNDS) and enough(
+            entry.samples_ms, device_kind=kind, min_samples=budget.min_samples
+        )
+
+    def _deadline_s(self, entry: Entry | None = None, do: str = "") -> float:
+        problem, settings = self.block.problem, self.settings
+        size = 4.0 * problem.layer.total_params()
+        deadline = settings.budget.deadline_seconds + size / BYTES_PER_SECOND
+        if do == "energy":
+            deadline += (settings.energy_trials + 1) * 2 * (settings.energy_window_s + settings.energy_cool_down_s)
+        estimate_ms = entry.warmth.get("estimate_ms", 0.0) if entry else 0.0
+        return deadline + MAX_BURST * 10 * float(estimate_ms) / 1e3
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON-ready data."""
+    return asdict(value)
+
+
+def work_of(entry: Entry) -> Work | None:
+    """The Work of an entry as routed; None for yardsticks that have none."""
+    point = entry.point
+    if point.variant.provider in YARDSTICKS:
+        return None
+    if point.variant.provider == "dense-ffn":
+        return dense_work(point.problem, point.variant)
+    facts = entry.facts
+    return point_work(point.problem, point.variant, active_experts=facts["active_experts"], kept=facts["kept"])

@@ -1,0 +1,82 @@
+"""triton: moebench's own kernels (kernels/moebench_kernels). On a CPU they run in Triton's interpreter: verified, never timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import moebench_kernels as kernels
+import torch
+from torch import Tensor
+
+from moebench.providers.base import Case, StagedProvider, Stages, source_digest
+
+available, why = kernels.triton_available()
+if not available:
+    raise ImportError(why)
+
+
+def gate(x: Tensor, router: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+    """x [T, D], router [E, D] -> ids int64 [T, K], weights float32 [T, K]; softmax routers only."""
+    spec = case.layer.router
+    ids, weights = kernels.topk_gate(
+        x @ router.T,
+        case.layer.top_k,
+        order="topk_first" if spec.kind == "topk_softmax" else "score_first",
+        renormalise=spec.normalise,
+        scale=spec.scale,
+    )
+    return ids.long(), weights
+
+
+def plan(ids: Tensor, case: Case) -> kernels.Plan:
+    """ids [T, K] -> Plan."""
+    return kernels.routing_plan(ids, case.layer.routed_experts)
+
+
+def permute(x: Tensor, plan: kernels.Plan) -> Tensor:
+    """x [T, D] -> rows [T*K, D]."""
+    return kernels.permute(x, plan)
+
+
+def up_projection(rows: Tensor, w_gate_up: Tensor, plan: kernels.Plan, activation: str) -> Tensor:
+    """rows [T*K, D] -> [T*K, F]."""
+    return kernels.up_projection(rows, w_gate_up, plan, activation=activation, permuted=True)
+
+
+def row_experts(plan: kernels.Plan) -> Tensor:
+    """The expert of each row: int64 [T*K]."""
+    rows = torch.arange(plan.n_rows, device=plan.offsets.device)
+    return torch.searchsorted(plan.offsets[1:].long(), rows, right=True)
+
+
+def limits(case: Case) -> str | None:
+    """What the kernels do not take."""
+    if case.layer.top_k > 64 or case.layer.routed_experts > 4096:
+        return f"the gate takes top_k <= 64 and at most 4096 experts, not {case.layer.top_k} of {case.layer.routed_experts}"
+    return None
+
+
+@dataclass(frozen=True)
+class TritonProvider(StagedProvider):
+    """Fingerprinted by every kernel file, since any of them may change the answer."""
+
+    def fingerprint(self) -> str:
+        functions = (kernels.topk_gate, kernels.routing_plan, kernels.permute, kernels.grouped_gemm,
+                     kernels.up_projection, kernels.combine)  # fmt: skip
+        return source_digest(plan, self.version, *(source_digest(function) for function in functions))
+
+
+STAGES = Stages(
+    gate=gate,
+    plan=plan,
+    permute=permute,
+    up_projection=up_projection,
+    down_projection=kernels.down_projection,
+    combine=kernels.combine,
+    row_map=lambda plan: plan.row2assignment.long(),
+    row_experts=row_experts,
+)
+PROVIDER = TritonProvider(
+    "triton", plan, version=why.partition(",")[0].partition(" on ")[0], stages=STAGES, limits=limits,
+    interpreted_on=("cpu",) if kernels.interpreting() else (),
+)  # fmt: skip

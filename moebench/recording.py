@@ -1,0 +1,160 @@
+"""From what became of an entry to its Record. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from moebench.block_run import Entry, work_of
+from moebench.catalogue.hardware import Hardware
+from moebench.derive import cost, limit_ms, performance
+from moebench.measure.latency import median_interval
+from moebench.point import DROPLESS, YARDSTICKS, Block, Point, digest
+from moebench.record import Record
+from moebench.work import BYTES_PER_WEIGHT
+
+DRAWS = 4  # as in moebench.workload, which needs torch
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every record of a run shares."""
+
+    run_id: str
+    suite: str
+    device: str
+    hardware: Hardware | None
+    ceilings: dict[str, Any] | None
+    providers: dict[str, dict[str, Any]]
+    cache_bytes: int | None
+    replicate: int = 0
+
+
+def record_of(entry: Entry, block: Block, context: Context, state_flags: list[str]) -> Record:
+    """The Record of one entry, whatever its outcome."""
+    outcome: dict[str, Any]
+    if not entry.live:
+        outcome = {"status": entry.status, "reason": entry.reason}
+    elif entry.samples_ms:
+        outcome = {"status": "measured", **_measured(entry, context)}
+        outcome["flags"] = entry.flags + state_flags + outcome["flags"]
+    else:
+        outcome = {"status": "verified"}
+    return Record(**(_identity(entry, block, context) | _routing(entry) | _errors(entry) | outcome))
+
+
+def skipped(point: Point, role: str, block: Block, context: Context, reason: str) -> Record:
+    """The Record of a point that was not reached."""
+    return record_of(Entry(0, point, role, "skipped", reason), block, context, [])
+
+
+def _identity(entry: Entry, block: Block, context: Context) -> dict[str, Any]:
+    problem, variant, layer = block.problem, entry.variant, block.problem.layer
+    provider = context.providers.get(variant.provider, {})
+    return {
+        "run_id": context.run_id,
+        "block_id": digest(problem),
+        "point_id": digest(entry.point),
+        "suite": context.suite,
+        "model": problem.model,
+        "provider": variant.provider,
+        "provider_version": provider.get("version"),
+        "provider_hash": provider.get("hash"),
+        "role": entry.role,
+        "scope": variant.scope,
+        "direction": problem.direction,
+        "layout": variant.layout,
+        "device": context.device,
+        "precision": variant.precision,
+        "tokens": problem.tokens,
+        "hidden_size": layer.hidden_size,
+        "expert_ffn_size": layer.expert_ffn_size,
+        "routed_experts": layer.routed_experts,
+        "top_k": layer.top_k,
+        "shared_experts": layer.shared_experts,
+        "capacity_factor": None if variant.capacity_factor == DROPLESS else variant.capacity_factor,
+        "router": layer.router.kind,
+        "traffic": problem.traffic,
+        "phase": problem.phase,
+        "seed": problem.seed,
+        "replicate": context.replicate,
+    }
+
+
+def _routing(entry: Entry) -> dict[str, Any]:
+    facts = entry.facts
+    names = ("drop_rate", "load_max_over_mean", "active_experts") if entry.role == "arm" else ()
+    backward = 3.0 if entry.point.problem.direction == "forward_backward" else 1.0
+    executed = facts.get("executed_flops")
+    return {
+        **{name: facts.get(name) for name in names},
+        "executed_flops": None if executed is None else backward * executed,
+        "checked_on": facts.get("checked_on"),
+    }
+
+
+def _errors(entry: Entry) -> dict[str, Any]:
+    verdict = entry.verdict or {}
+    return {name: verdict.get(name) for name in ("rel_error", "max_error", "fidelity_error")}
+
+
+def _measured(entry: Entry, context: Context) -> dict[str, Any]:
+    samples = entry.samples_ms
+    low, high = median_interval(samples)
+    latency = median(samples)
+    numbers: dict[str, Any] = {
+        "timer": entry.warmth["timer"],
+        "latency_ms": latency,
+        "latency_ms_low": low,
+        "latency_ms_high": high,
+        "wall_ms": median(entry.wall_ms),
+        "prepare_ms": entry.facts.get("prepare_ms"),
+        "samples_ms": samples,
+        "sample_round": entry.rounds,
+        "peak_memory_bytes": entry.peak.get("peak_memory_bytes"),
+        "flags": [],
+    }
+    if entry.variant.provider in YARDSTICKS:
+        return numbers | _yardstick(entry, latency)
+    return numbers | _derived(entry, latency, context)
+
+
+def _yardstick(entry: Entry, latency_ms: float) -> dict[str, Any]:
+    flops, moved = entry.facts["flops"], entry.facts["moved_bytes"]
+    return {
+        "tflops": flops / latency_ms / 1e9 if flops else None,
+        "gbytes_per_s": moved / latency_ms / 1e6,
+        "executed_flops": flops or None,
+    }
+
+
+def _derived(entry: Entry, latency_ms: float, context: Context) -> dict[str, Any]:
+    problem, variant = entry.point.problem, entry.variant
+    work = work_of(entry)
+    assert work is not None
+    numbers: dict[str, Any] = performance(latency_ms, work, problem, variant, context.hardware)
+    limit = limit_ms(work, variant.precision, context.ceilings)
+    warm = _cache_resident(entry, context.cache_bytes)
+    numbers["limit_ms"] = limit
+    numbers["limit_fraction"] = None if limit is None or warm else limit / latency_ms
+    numbers["flags"] = ["cache_resident"] if warm else []
+    joules = entry.energy.get("gross_j_per_call")
+    per_token = None if joules is None else joules / problem.tokens
+    net = entry.energy.get("net_j_per_call")
+    numbers["energy_source"] = entry.energy.get("source")
+    numbers["energy_j_per_token"] = per_token
+    numbers["energy_net_j_per_token"] = None if net is None else net / problem.tokens
+    numbers["flags"] += entry.energy.get("flags") or []
+    return numbers | cost(problem.tokens / latency_ms * 1e3, context.hardware, per_token)
+
+
+def _cache_resident(entry: Entry, cache_bytes: int | None) -> bool:
+    """Whether what the rotating draws touch could stay in the last-level cache (twice its size counts as cold)."""
+    if cache_bytes is None:
+        return False
+    layer, tokens = entry.point.problem.layer, entry.point.problem.tokens
+    b = BYTES_PER_WEIGHT[entry.variant.precision]
+    experts = min(layer.routed_experts, DRAWS * (entry.facts.get("active_experts") or layer.top_k))
+    weights = (experts * layer.expert_params() + layer.router_params() + layer.shared_params()) * b
+    return weights + 2 * DRAWS * tokens * layer.hidden_size * b < 2 * cache_bytes

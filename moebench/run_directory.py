@@ -1,0 +1,109 @@
+"""The run directory: who may write it, how it begins, resumes and ends. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from moebench.record import Journal, Manifest, Record
+
+MANIFEST, JOURNAL, RESULTS, LOCK, LOG = "manifest.json", "journal.jsonl", "results.parquet", "lock", "worker.log"
+OWN_FILES = {MANIFEST, JOURNAL, RESULTS, LOCK, LOG, "report.html"}
+
+
+class RunDirectoryError(ValueError):
+    """The folder cannot be used; the message says why and what to do."""
+
+
+class RunDirectory:
+    """One folder, one writer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.journal = Journal(path / JOURNAL)
+
+    @property
+    def log(self) -> Path:
+        """Where workers' stderr goes."""
+        return self.path / LOG
+
+    @property
+    def results(self) -> Path:
+        """The tidy table."""
+        return self.path / RESULTS
+
+    @contextlib.contextmanager
+    def opened(self, *, resume: bool) -> Iterator[Manifest | None]:
+        """Create or enter the folder and lock it; gives the manifest to resume from, or None for a fresh start.
+
+        Raises:
+            RunDirectoryError: it holds something else, is in use, or cannot be written.
+        """
+        self._make()
+        if not resume and any(self.path.iterdir()):
+            hint = "use --resume to go on with it, or another --out" if self._is_run() else "choose another --out"
+            raise RunDirectoryError(f"{self.path} exists and is not empty; {hint}")
+        with self._lock():
+            strangers = sorted(entry.name for entry in self.path.iterdir() if not self._is_own(entry.name))
+            if resume and not self._is_run() and strangers:
+                raise RunDirectoryError(f"{self.path} is not a run directory (it holds {strangers[0]!r})")
+            yield self._read_manifest() if self._is_run() else None
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Durably, whole or not at all."""
+        text = json.dumps(manifest.model_dump(), indent=2) + "\n"
+        partial = self.path / f"{MANIFEST}.partial"
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path / MANIFEST)
+
+    def records(self) -> list[Record]:
+        """What the journal holds."""
+        return self.journal.read()
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise RunDirectoryError(f"{self.path} is a file; --out names a folder") from None
+        except OSError as error:
+            raise RunDirectoryError(f"{self.path} cannot be created: {error.strerror}") from None
+
+    def _is_run(self) -> bool:
+        return (self.path / MANIFEST).exists()
+
+    @staticmethod
+    def _is_own(name: str) -> bool:
+        return name in OWN_FILES or name.endswith(".partial")
+
+    def _read_manifest(self) -> Manifest:
+        try:
+            return Manifest.model_validate_json((self.path / MANIFEST).read_bytes())
+        except ValueError as error:
+            first = str(error).splitlines()[0]
+            raise RunDirectoryError(f"{self.path / MANIFEST} is damaged ({first}); start in another --out") from None
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        try:
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunDirectoryError(f"{self.path} cannot be written: {error.strerror}") from None
+        try:
+            self._claim(descriptor)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _claim(self, descriptor: int) -> None:
+        try:
+            # Held by the process, so a killed run leaves no stale lock behind.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunDirectoryError(f"{self.path} is being written by another run") from None
