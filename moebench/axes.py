@@ -85,7 +85,7 @@ def read_model(value: object) -> Value:
     """A preset's id, with `:kind` where a model has several kinds of MoE layer."""
     if not isinstance(value, str):
         raise ValueError(f"found {shown(value)}; allowed: a model's id (`moebench list models`)")
-    _bounded(value)
+    _bounded(value, 100)
     spec, layers = resolve_layer(value)
     return f"{spec.id}:{layers.name}" if layers.name else spec.id
 
@@ -96,9 +96,9 @@ def read_provider(value: object) -> Value:
         raise ValueError(
             f"found {shown(value)}; allowed: {', '.join(providers.PROVIDERS)}, or path/to/file.py:function"
         )
-    _bounded(value)
+    _bounded(value, 1000)
     if not providers.is_known(value):
-        raise ValueError(providers.unknown(value))
+        raise ValueError(providers.unknown(value[:100]))
     return value
 
 
@@ -112,9 +112,9 @@ def read_traffic(value: object) -> Value:
     return str(traffic)
 
 
-def _bounded(text: str) -> None:
-    if len(text) > 1000 or not text.isprintable():
-        raise ValueError(f"found {shown(text)}; allowed: one line of at most 1000 characters")
+def _bounded(text: str, most: int) -> None:
+    if len(text) > most or not text.isprintable():
+        raise ValueError(f"found {shown(text)}; allowed: one line of at most {most} characters")
 
 
 AXES: dict[str, Axis] = {

@@ -139,6 +139,9 @@ class _Walk:
         self.inner = [groups for parts, groups in choices if "layer" not in parts and "problem" in parts]
         self.pure_variants = tuple(groups[0] for parts, groups in choices if parts == {"variant"})
         self.mixed = any("variant" in parts and len(parts) > 1 for parts, _ in choices)
+        # Rows of problem axes that no cell has had yet; those with variants are marked where variants are filtered.
+        pure = (group for groups in (*self.outer, *self.inner) for group in groups if not group.variants[0][1])
+        self.waiting: set[_Group] = set() if alive is None else set(pure)
         self._sort_clauses(sweep)
         self.candidates: dict[tuple[_Group, ...], list[_Candidate]] = {}
         self.kept: dict[Any, tuple[Variant, ...]] = {}
@@ -163,7 +166,8 @@ class _Walk:
                     groups = outer + inner
                     variants = self._variants(groups, row)
                     if variants:
-                        self._mark(groups)
+                        if self.waiting:
+                            self._mark(groups)
                         yield Cell(layer, row, variants)
 
     def _variants(self, groups: tuple[_Group, ...], row: Row) -> tuple[Variant, ...]:
@@ -194,12 +198,10 @@ class _Walk:
         return tuple(left)
 
     def _mark(self, groups: tuple[_Group, ...]) -> None:
-        """Rows of problem axes only; those with variants are marked where the variants are filtered."""
-        if self.alive is not None:
-            for group in groups:
-                identity, variant = group.variants[0]
-                if not variant:
-                    self.alive.add(identity)
+        met = self.waiting.intersection(groups)
+        if met and self.alive is not None:
+            self.waiting -= met
+            self.alive.update(group.variants[0][0] for group in met)
 
 
 def _parts(choice: Choice) -> set[str]:

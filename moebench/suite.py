@@ -100,7 +100,7 @@ def load_suite(sources: Sequence[str], overrides: Mapping[str, Sequence[str]] | 
     chosen = read_overrides(overrides or {}, faults)
     texts, parts = _read_all(sources, faults)
     sweeps = [sweep for file, part in parts for sweep in _sweeps(file, part, chosen, faults)]
-    faults += expand.too_large(sweeps)
+    faults = faults or expand.too_large(sweeps)
     if faults:
         raise SuiteError(faults)
     surveys, faults = _walk_all(sweeps, chosen)
@@ -267,7 +267,7 @@ def _once(cells: Iterable[Cell]) -> Iterator[Cell]:
         fresh = cell.variants if before is None else _without(cell.variants, before)
         if fresh:
             seen[key] = fresh if before is None else before + fresh
-            yield cell._replace(variants=fresh)
+            yield cell if fresh is cell.variants else cell._replace(variants=fresh)
 
 
 def _without(variants: tuple[Variant, ...], before: tuple[Variant, ...]) -> tuple[Variant, ...]:

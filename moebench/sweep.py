@@ -22,16 +22,13 @@ class Choice:
 
     Attributes:
         key: where it stands, for errors.
-        rows: axis -> value; all rows have the same axes.
+        axes: the axes it sets.
+        rows: axis -> value, for all of them.
     """
 
     key: str
+    axes: frozenset[str]
     rows: tuple[dict[str, Value], ...]
-
-    @property
-    def axes(self) -> frozenset[str]:
-        """The axes it sets."""
-        return frozenset(self.rows[0])
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def _written(label: str, table: SweepTable, faults: list[str]) -> list[Choice]:
 
 
 def _grid(key: str, name: str, values: tuple[Value, ...]) -> Choice:
-    return Choice(key, tuple({name: value} for value in values))
+    return Choice(key, frozenset((name,)), tuple({name: value} for value in values))
 
 
 def _zip(key: str, given: Mapping[str, Any], faults: list[str]) -> Choice | None:
@@ -146,7 +143,7 @@ def _rows(key: str, given: Sequence[Mapping[str, Any]], faults: list[str]) -> Ch
 def _choice(key: str, rows: list[dict[str, Value]], faults: list[str]) -> Choice:
     if len(_distinct(rows)) < len(rows):
         faults.append(f"{key}: a row stands twice")
-    return Choice(key, tuple(rows))
+    return Choice(key, frozenset(rows[0]), tuple(rows))
 
 
 def _distinct(rows: Iterable[dict[str, Value]]) -> tuple[dict[str, Value], ...]:
@@ -202,7 +199,7 @@ def _override(choices: list[Choice], overrides: Values) -> list[Choice]:
     for choice in choices:
         rows = _distinct({name: value for name, value in row.items() if name not in gone} for row in choice.rows)
         if rows[0]:
-            kept.append(Choice(choice.key, rows))
+            kept.append(Choice(choice.key, choice.axes - gone, rows))
     return kept + [_grid(override_key(name, values), name, values) for name, values in overrides.items()]
 
 

@@ -207,8 +207,7 @@ def _membership(left: ast.expr, right: ast.expr, *, inside: bool) -> _Term:
     value = term.evaluate
 
     def holds(row: Row) -> bool:
-        sought = value(row)
-        return any(sought == item(row) for item in items) is inside
+        return (value(row) in [item(row) for item in items]) is inside
 
     return _joined("truth", holds, [term, *(pair[1] for pair in pairs)])
 
