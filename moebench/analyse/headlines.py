@@ -57,8 +57,7 @@ def headlines(table: pd.DataFrame) -> list[Headline]:
     best = _ranked(contest, 0)
     verdicts = best.join(_against(table, _ranked(contest, 1), best, "second"))
     verdicts = verdicts.join(_against(table, best, _shortcuts(arms, contest, best), "other"))
-    dense = first[(first["provider"] == PRICE_OF_SPARSITY) & (first["status"] == "measured")]
-    verdicts = verdicts.join(_against(table, best, dense.drop_duplicates("block").set_index("block"), "dense"))
+    verdicts = verdicts.join(_against(table, best, _dense(first, best), "dense"))
     spoken = {block: _headline(row) for block, row in zip(verdicts.index, verdicts.to_dict("records"), strict=True)}
     parts = _parts(arms)
     return [
@@ -95,9 +94,18 @@ def _shortcuts(arms: pd.DataFrame, contest: pd.DataFrame, best: pd.DataFrame) ->
     return faster.drop_duplicates("block").set_index("block")
 
 
+def _dense(first: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
+    """Each block's dense FFN at the winner's precision."""
+    dense = first[(first["provider"] == PRICE_OF_SPARSITY) & (first["status"] == "measured")]
+    dense = dense[dense["precision"] == dense["block"].map(best["precision"])]
+    return dense.assign(position=dense.index).drop_duplicates("block").set_index("block")
+
+
 def _against(table: pd.DataFrame, top: pd.DataFrame, bottom: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Paired ratio top / bottom of latencies where a block has both, with the rows' own names, by block."""
-    top, bottom = (rows if "position" in rows else rows.assign(position=rows.index) for rows in (top, bottom))
+    """Paired ratio top / bottom of latencies where a block has both, with the other row's facts; indexed by block.
+
+    `position` of either is the row's place in `table`.
+    """
     both = top.index.intersection(bottom.index)
     found = paired(
         table, top.loc[both, "position"].to_numpy(np.int64), bottom.loc[both, "position"].to_numpy(np.int64)

@@ -31,8 +31,10 @@ def bytes_text(count: float) -> str:
 
 def ratio_text(ratio: float, low: float, high: float) -> str:
     """'1.31× (1.27–1.36)'; without the bracket where there is no interval."""
-    text = f"{significant(ratio)}×"
-    return text if math.isnan(low) else f"{text} ({significant(low)}–{significant(high)})"
+    # A bound just off 1 decides between a win and a tie: it must not read as 1.
+    digits = 4 if any("1.00" == significant(bound) != f"{bound:g}" for bound in (low, high)) else 3
+    text = f"{significant(ratio, digits)}×"
+    return text if math.isnan(low) else f"{text} ({significant(low, digits)}–{significant(high, digits)})"
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:

@@ -15,6 +15,7 @@ const MARK_PATHS = {
 const SVG = "http://www.w3.org/2000/svg";
 const STAGES = ["gate", "plan", "permute", "up_projection", "down_projection", "combine"];
 const HATCH = ["", "/", ".", "", "\\", "x"];
+const NOISE = data.noise;
 const hidden = new Set();
 const choice = { family: data.families[0], tokens: null, against: null, stageTokens: null };
 const AGAINST = { fidelity_error: ["Fidelity error", "number"], peak_memory_bytes: ["Peak memory", "bytes"], energy_j_per_token: ["Energy, J per token", "number"], usd_per_mtok: ["US dollars per million tokens", "number"] };
@@ -24,12 +25,17 @@ function plain(text) { return String(text).replaceAll("&", "&amp;").replaceAll("
 function css(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
 function palette() { return COLOURS[isDark() ? "dark" : "light"]; }
 
-const armNames = data.variants.filter((variant) => variant.role === "arm").map((variant) => variant.name);
-function look(variant) {
-  const place = armNames.indexOf(variant);
-  if (place < 0) return { colour: css("--soft"), mark: "star", dash: "dot" };
-  const round = Math.floor(place / palette().length);
-  return { colour: palette()[place % palette().length], mark: MARKS[place % MARKS.length], dash: DASHES[round % DASHES.length] };
+const arms = data.variants.filter((variant) => variant.role === "arm");
+const providers = [...new Set(arms.map((variant) => variant.provider))];
+/** A provider keeps its colour; its variants differ in dash and mark. */
+function look(name) {
+  const variant = arms.find((each) => each.name === name);
+  if (!variant) return { colour: css("--soft"), mark: "star", dash: "dot" };
+  const place = providers.indexOf(variant.provider);
+  const sibling = arms.filter((each) => each.provider === variant.provider).indexOf(variant);
+  const mark = MARKS[(place + 3 * sibling) % (MARKS.length - 1)];
+  const dash = DASHES[(sibling + Math.floor(place / palette().length)) % DASHES.length];
+  return { colour: palette()[place % palette().length], mark, dash };
 }
 function swatch(variant) {
   const { colour, mark, dash } = look(variant);
@@ -68,6 +74,7 @@ function byVariant(rows) {
   return groups;
 }
 function distinct(rows, key) { return [...new Set(rows.map((row) => field(key)[row]))].sort((a, b) => a - b); }
+function distinctText(rows, key) { return [...new Set(rows.map((row) => field(key)[row]))]; }
 function known(rows, ...keys) { return rows.filter((row) => keys.every((key) => field(key)[row] !== null)); }
 
 function logTicks(low, high) {
@@ -84,7 +91,13 @@ function axis(title, values, kind, ticks = null) {
   const room = Math.max(1.12, (high / low) ** 0.07);
   [low, high] = [low / room, high * room];
   const tickvals = ticks && ticks.length <= 8 ? ticks : logTicks(low, high);
-  return { ...axisLook(title), type: "log", range: [Math.log10(low), Math.log10(high)], tickmode: "array", tickvals, ticktext: tickvals.map((tick) => written(Number(tick.toPrecision(3)), kind).replace(/\.0+(?=\D|$)/, "")) };
+  return { ...axisLook(title), type: "log", range: [Math.log10(low), Math.log10(high)], tickmode: "array", tickvals, ticktext: tickvals.map((tick) => tickText(tick, kind)) };
+}
+function tickText(tick, kind) {
+  if (kind === "count") return written(tick, kind);
+  const [size, name] = unit(tick * 1.0000001, kind);
+  const short = Number((tick / size).toPrecision(2));
+  return (short < 1e-3 || short >= 1e6 ? short.toExponential().replace("e+", "e") : short.toLocaleString("en-US", { maximumFractionDigits: 6 })) + name;
 }
 function axisLook(title) {
   return { title: { text: title, font: { size: 12.5 }, standoff: 8 }, gridcolor: css("--line"), linecolor: css("--line"), zeroline: false, automargin: true, fixedrange: false };
@@ -92,7 +105,7 @@ function axisLook(title) {
 function base(extra) {
   const narrow = window.innerWidth < 480;
   return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest", dragmode: narrow ? false : "zoom",
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest", modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--line"), activecolor: css("--soft") }, dragmode: narrow ? false : "zoom",
     font: { family: css("--sans"), size: 12, color: css("--soft") }, margin: { l: 8, r: 14, t: 14, b: 8 },
     hoverlabel: { bgcolor: css("--panel"), bordercolor: css("--line"), font: { color: css("--ink"), family: css("--sans"), size: 12.5 } }, ...extra,
   };
@@ -122,14 +135,12 @@ const CHARTS = {
     const rows = contenders(choice.family);
     if (!rows.length) return NOTHING;
     const traces = visible(byVariant(rows)).map(([name, group]) => points(name, group, "tokens", "latency_ms", { error_y: bars(group) }));
-    const limits = known(rows, "limit_ms");
-    const floor = distinct(limits, "tokens").map((tokens) => [tokens, Math.min(...limits.filter((row) => field("tokens")[row] === tokens).map((row) => field("limit_ms")[row]))]);
-    if (floor.length) traces.unshift({ type: "scatter", mode: "lines", x: floor.map(([tokens]) => tokens), y: floor.map(([, limit]) => limit), line: { color: css("--soft"), width: 1, dash: "dot" }, hovertemplate: "limit by the measured ceilings: %{y:.3g} ms<extra></extra>" });
-    const last = floor.length > 1 ? floor[floor.length - 1] : null;
-    const annotations = last ? [{ x: Math.log10(last[0]), y: Math.log10(last[1]), text: "limit", showarrow: false, xanchor: "right", yanchor: "top", font: { size: 11.5 } }] : [];
+    const limits = distinctText(known(rows, "limit_ms"), "precision").map((precision) => limitLine(rows, precision));
+    traces.unshift(...limits);
+    const annotations = limits.map((line) => ({ x: Math.log10(line.x[0]), y: Math.log10(line.y[0]), text: limits.length > 1 ? plain(line.name) : "limit", showarrow: false, xanchor: "left", yanchor: "top", font: { size: 11.5 } }));
     const tokens = distinct(rows, "tokens");
-    const y = [...all(rows, "latency_ms", "latency_ms_low", "latency_ms_high"), ...floor.map(([, limit]) => limit)];
-    return { traces, layout: { xaxis: axis("Tokens", tokens, "count", tokens), yaxis: axis("Latency of one layer", y, "time"), annotations }, alt: `Latency over ${tokens.length} token counts for ${traces.length - Boolean(floor.length)} variants. ${fastest(rows)}` };
+    const y = [...all(rows, "latency_ms", "latency_ms_low", "latency_ms_high"), ...limits.flatMap((line) => line.y)];
+    return { traces, layout: { xaxis: axis("Tokens", tokens, "count", tokens), yaxis: axis("Latency of one layer", y, "time"), annotations }, alt: `Latency over ${tokens.length} token counts for ${traces.length - limits.length} variants. ${fastest(rows)}` };
   },
   cost() {
     const rows = known(contenders(choice.family), "usd_per_mtok");
@@ -149,7 +160,10 @@ const CHARTS = {
     const front = rows.filter(onFront).sort((a, b) => field("latency_ms")[a] - field("latency_ms")[b]);
     const traces = visible(byVariant(rows)).map(([name, group]) => points(name, group, "latency_ms", choice.against, { mode: "markers", marker: { color: look(name).colour, symbol: group.map((row) => look(name).mark + (onFront(row) ? "" : "-open")), size: 11, line: { width: 2 } } }));
     traces.unshift({ type: "scatter", mode: "lines", x: front.map((row) => field("latency_ms")[row]), y: front.map((row) => field(choice.against)[row]), line: { shape: "hv", color: css("--soft"), width: 1.2 }, hoverinfo: "skip" });
-    return { traces, layout: { xaxis: axis("Latency of one layer", all(rows, "latency_ms"), "time"), yaxis: axis(title, all(rows, choice.against), kind) }, alt: `Latency against ${title.toLowerCase()} of ${rows.length} arms at ${choice.tokens} tokens. On the front: ${front.map((row) => field("variant")[row]).join(", ")}.` };
+    const noise = choice.against === "fidelity_error" ? [{ type: "rect", xref: "paper", x0: 0, x1: 1, y0: 1e-300, y1: NOISE, fillcolor: css("--wash"), line: { width: 0 }, layer: "below" }] : [];
+    const annotations = noise.map(() => ({ xref: "paper", x: 0.99, y: Math.log10(NOISE), text: "float32 noise", showarrow: false, xanchor: "right", yanchor: "top", font: { size: 11.5 } }));
+    const y = [...all(rows, choice.against), ...noise.map(() => 2 * NOISE)];
+    return { traces, layout: { shapes: noise, annotations, xaxis: axis("Latency of one layer", all(rows, "latency_ms"), "time"), yaxis: axis(title, y, kind) }, alt: `Latency against ${title.toLowerCase()} of ${rows.length} arms at ${choice.tokens} tokens. On the front: ${front.map((row) => field("variant")[row]).join(", ")}.` };
   },
   roofline() {
     const rows = known(contenders(choice.family, false), "tflops", "intensity");
@@ -164,9 +178,10 @@ const CHARTS = {
       const left = Math.min(...x, ridge) / 2, right = Math.max(...x, ridge) * 2.5;
       traces.unshift({ type: "scatter", mode: "lines", x: [left, ridge, right], y: [(left * ceiling.gbs) / 1e3, peak, peak], line: { color: css("--ink"), width: 1.4 }, hovertemplate: `${plain(precision)}: ${significant(peak)} TFLOP/s, ${significant(ceiling.gbs)} GB/s<extra></extra>` });
       annotations.push({ x: Math.log10(right), y: Math.log10(peak), text: `${plain(precision)} GEMM ${significant(peak)} TFLOP/s`, showarrow: false, xanchor: "right", yanchor: "bottom", font: { size: 11.5 } });
-      x.push(left, right); y.push(peak * 1.15, (left * ceiling.gbs) / 1e3);
+      x.push(left, right); y.push(peak * 1.6, (left * ceiling.gbs) / 1e3);
     }
-    if (!roofs.length) annotations.push({ xref: "paper", yref: "paper", x: 0.02, y: 0.98, text: "No ceilings were measured in this precision.", showarrow: false, xanchor: "left" });
+    const roofless = distinctText(rows, "precision").filter((precision) => !roofs.some(([name]) => name === precision));
+    if (roofless.length) annotations.push({ xref: "paper", yref: "paper", x: 0.02, y: 0.98, text: `No ceiling was measured for ${plain(roofless.join(", "))}.`, showarrow: false, xanchor: "left", font: { size: 11.5 } });
     return { traces, layout: { xaxis: axis("FLOP per compulsory byte", x, "number"), yaxis: axis("TFLOP/s", y, "number"), annotations }, alt: `Roofline: ${rows.length} measured rows against ${roofs.length} measured ceilings.` };
   },
   load() {
@@ -201,6 +216,13 @@ function bars(rows) {
   const [middle, low, high] = ["latency_ms", "latency_ms_low", "latency_ms_high"].map((key) => rows.map((row) => field(key)[row]));
   return { type: "data", symmetric: false, array: high.map((value, at) => (value ?? middle[at]) - middle[at]), arrayminus: low.map((value, at) => middle[at] - (value ?? middle[at])), thickness: 1.2, width: 4 };
 }
+/** What the measured ceilings allow, over T. */
+function limitLine(rows, precision) {
+  const own = known(rows, "limit_ms").filter((row) => field("precision")[row] === precision);
+  const x = distinct(own, "tokens");
+  const y = x.map((tokens) => Math.min(...own.filter((row) => field("tokens")[row] === tokens).map((row) => field("limit_ms")[row])));
+  return { type: "scatter", mode: "lines", name: `limit ${precision}`, x, y, line: { color: css("--soft"), width: 1, dash: "dot" }, hovertemplate: "limit by the measured ceilings: %{y:.3g} ms<extra></extra>" };
+}
 function fastest(rows) {
   const arms = rows.filter((row) => field("role")[row] === "arm");
   return distinct(arms, "tokens").slice(0, 12).map((tokens) => {
@@ -226,13 +248,14 @@ function offer(chart, name, title, values, wanted, write) {
 }
 
 /* ---- drawing ---- */
-const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d"] };
+const CONFIG = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
 function draw(key) {
   const figure = document.getElementById(`chart-${key}`);
   const [plot, message] = [figure.querySelector(".chart"), figure.querySelector(".empty")];
   const found = CHARTS[key]();
   message.hidden = !found.empty;
   plot.hidden = Boolean(found.empty);
+  figure.classList.toggle("bare", plot.hidden);
   message.textContent = found.empty ?? "";
   if (found.empty) return;
   plot.setAttribute("aria-label", found.alt);

@@ -32,7 +32,7 @@ COLUMNS = (
     Column("family", "Problem", "text", "Layer, traffic and direction"),
     Column("tokens", "Tokens", "count", "T, tokens entering the layer"),
     Column("scope", "Scope", "text", "The whole layer, its experts, or one stage"),
-    Column("status", "Status", "text", "measured: checked, then timed; verified: checked only; the rest carry a reason"),
+    Column("status", "Status", "text", "measured: checked, then timed; verified: checked only; the rest have a reason"),
     Column("latency_ms", "Latency", "time", "Median and its 95 % interval", "latency_ms_low", "latency_ms_high"),
     Column("speedup", "Speed-up", "ratio", "Baseline latency / own latency, paired rounds of one block, 95 % interval",
            "speedup_low", "speedup_high"),

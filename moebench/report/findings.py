@@ -49,11 +49,23 @@ def ranked_variants(found: Cap) -> list[str]:
     return [found.baseline, *(name for name in order.index if name != found.baseline)]
 
 
-def radar(found: Cap) -> dict[str, Any]:
-    """The radar's polygons: at most four, the baseline among them."""
-    cells = {(row.variant, row.axis): row.ratio for row in found.scores.itertuples()}
+def drawn_variants(found: Cap, providers: dict[str, str]) -> list[str]:
+    """The at most four variants a radar draws: the baseline and the leading variant of each further provider."""
+    ranked = ranked_variants(found)
+    provider = pd.Series(ranked).map(providers)
+    first = pd.Series(ranked)[~provider.duplicated()].tolist()
+    return [*first, *(name for name in ranked if name not in first)][:POLYGONS]
+
+
+def radar(found: Cap, providers: dict[str, str]) -> dict[str, Any]:
+    """The radar's axes and polygons.
+
+    Args:
+        providers: variant -> provider.
+    """
+    cells = found.scores.set_index(["variant", "axis"])["ratio"].to_dict()
     axes = [{"name": axis.name, "missing": axis.missing} for axis in found.axes]
-    shown = ranked_variants(found)[:POLYGONS]
+    shown = drawn_variants(found, providers)
     polygons = [{"variant": name, "ratios": [_number(cells[name, axis.name]) for axis in found.axes]} for name in shown]
     return {"baseline": found.baseline, "axes": axes, "polygons": polygons}
 
@@ -70,14 +82,17 @@ def troubles(table: pd.DataFrame) -> list[dict[str, Any]]:
     grouped = rows.groupby(["status", "variant", "reason"], sort=False)
     lines = grouped.agg(rows=("anchor", "size"), anchor=("anchor", "first")).reset_index()
     lines["fault"] = lines["status"].isin(FAULTS)
-    return lines.sort_values(["fault", "rows"], ascending=False, kind="stable").head(REASONS).to_dict("records")
+    worst = lines.sort_values(["fault", "rows"], ascending=False, kind="stable").head(REASONS)
+    return [{str(name): value for name, value in line.items()} for line in worst.to_dict("records")]
 
 
 def flags(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Each flag, how many rows carry it, and what it means."""
     every = table["flags"].explode().dropna()
     found = every.value_counts().head(REASONS)
-    return [{"flag": name, "rows": int(n), "meaning": FLAGS.get(str(name).split(":")[0], "")} for name, n in found.items()]
+    return [
+        {"flag": name, "rows": int(n), "meaning": FLAGS.get(str(name).split(":")[0], "")} for name, n in found.items()
+    ]
 
 
 def absences(table: pd.DataFrame, manifests: list[Manifest]) -> list[str]:
@@ -124,7 +139,9 @@ def _ceiling(found: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def facts(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
     """The manifest as titled lists of (name, value)."""
-    run = manifest.model_dump(exclude={"suite_text", "versions", "machine", "ceilings", "hardware", "cost", "providers"})
+    run = manifest.model_dump(
+        exclude={"suite_text", "versions", "machine", "ceilings", "hardware", "cost", "providers"}
+    )
     sections: list[tuple[str, Any]] = [
         ("Run", run),
         ("Machine", manifest.machine),
@@ -138,7 +155,9 @@ def facts(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _lines(values: dict[str, Any] | None) -> list[tuple[str, str]]:
-    return [(str(name).replace("_", " "), _text(value)) for name, value in (values or {}).items() if value not in ({}, "")]
+    return [
+        (str(name).replace("_", " "), _text(value)) for name, value in (values or {}).items() if value not in ({}, "")
+    ]
 
 
 def _text(value: Any) -> str:

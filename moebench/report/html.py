@@ -14,7 +14,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from moebench.analyse import Headline, Run, headlines, load_runs, name_rows, ratios
+from moebench.analyse import NOISE, Cap, Headline, Run, headlines, load_runs, name_rows, ratios
 from moebench.record import FAULTS
 from moebench.report import findings
 from moebench.report.columns import COLUMNS, DETAILS
@@ -48,44 +48,50 @@ def render(runs: list[Run], *, baseline: str | None = None) -> str:
     rows, families = page_rows(table)
     manifests = [run.manifest for run in runs]
     verdicts = headlines(table)
+    providers = dict(zip(table["variant"], table["provider"], strict=True))
     data = {
         "rows": pack(rows),
         "columns": [asdict(column) for column in COLUMNS],
         "details": DETAILS,
         "faults": FAULTS,
+        "noise": NOISE,
         "families": families,
         "variants": _variants(table),
-        "radars": [findings.radar(system) if system else None for system in systems],
+        "radars": [findings.radar(system, providers) if system else None for system in systems],
         "ceilings": findings.ceilings(runs),
         "absent": {
             group: findings.why_absent(group, table[table["status"] == "measured"], manifests)
             for group in ("energy", "cost", "peak memory")
         },
     }
-    text = _environment().get_template("page.html").render(
-        runs=[_run_facts(run, system) for run, system in zip(runs, systems, strict=True)],
-        title=_title(runs),
-        verdicts=verdicts[:MOST_HEADLINES],
-        open_verdicts=OPEN_HEADLINES,
-        more_verdicts=max(0, len(verdicts) - MOST_HEADLINES),
-        tally=_tally(verdicts),
-        rows_total=len(table),
-        rows_shown=len(rows),
-        families_total=table["family"].nunique(),
-        families_shown=len(families),
-        constants=findings.constants(table) if len(table) else [],
-        absences=findings.absences(table, manifests),
-        troubles=findings.troubles(table),
-        flags=findings.flags(table),
-        data=embedded_json(data),
-        plotly=_plotly(),
-        style=_asset("page.css"),
-        scripts=[_asset("page.js"), _asset("charts.js")],
+    text = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            runs=[_run_facts(run, system) for run, system in zip(runs, systems, strict=True)],
+            title=_title(runs),
+            verdicts=verdicts[:MOST_HEADLINES],
+            open_verdicts=OPEN_HEADLINES,
+            more_verdicts=max(0, len(verdicts) - MOST_HEADLINES),
+            tally=_tally(verdicts),
+            rows_total=len(table),
+            rows_shown=len(rows),
+            families_total=table["family"].nunique(),
+            families_shown=len(families),
+            constants=findings.constants(table) if len(table) else [],
+            absences=findings.absences(table, manifests),
+            troubles=findings.troubles(table),
+            flags=findings.flags(table),
+            data=embedded_json(data),
+            plotly=_plotly(),
+            style=_asset("page.css"),
+            scripts=[_asset("page.js"), _asset("charts.js")],
+        )
     )
     return str(text)
 
 
-def joined(runs: list[Run], baseline: str | None) -> tuple[pd.DataFrame, list[findings.Cap | None]]:
+def joined(runs: list[Run], baseline: str | None) -> tuple[pd.DataFrame, list[Cap | None]]:
     """All runs as one named table with speed-ups, and each run's scores."""
     table = name_rows(pd.concat([run.table.assign(run_id=run.manifest.run_id) for run in runs], ignore_index=True))
     parts, systems = [], []
@@ -103,7 +109,7 @@ def embedded_json(data: Any) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def _run_facts(run: Run, system: findings.Cap | None) -> dict[str, Any]:
+def _run_facts(run: Run, system: Cap | None) -> dict[str, Any]:
     return {
         "manifest": run.manifest,
         "facts": findings.facts(run.manifest),

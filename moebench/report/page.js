@@ -47,7 +47,8 @@ function written(value, kind) {
 }
 function range(low, high, kind, value) {
   const scale = kind === "percent" ? 0.01 : unit(value, kind)[0];
-  return `${significant(low / scale)}–${significant(high / scale)}`;
+  const nearOne = kind === "ratio" && [low, high].some((bound) => bound !== 1 && significant(bound) === "1.00");
+  return [low, high].map((bound) => significant(bound / scale, nearOne ? 4 : 3)).join("–");
 }
 
 /* ---- small helpers ---- */

@@ -86,10 +86,11 @@ def _records(tokens, models, precisions, rng, options, wanted) -> Iterator[Recor
     made, sweep = 0, 0
     while True:
         for model in models:
-            for precision in precisions:
-                for T in tokens:
-                    block = f"{options['run_id']}-b{sweep}-{model}-{precision}-{T}"
-                    for record in _block(T, model, precision, block, sweep, rng, options):
+            for T in tokens:
+                block = f"{options['run_id']}-b{sweep}-{model}-{T}"
+                drift = np.exp(rng.normal(0, 0.02, options["rounds"]))  # what all arms of a round share
+                for precision in precisions:
+                    for record in _arms(T, model, precision, block, sweep, drift, rng, options):
                         yield record
                         made += 1
                         if made == wanted:
@@ -99,11 +100,11 @@ def _records(tokens, models, precisions, rng, options, wanted) -> Iterator[Recor
             return
 
 
-def _block(T, model, precision, block, sweep, rng, options) -> Iterator[Record]:
+def _arms(T, model, precision, block, sweep, drift, rng, options) -> Iterator[Record]:
     work = Problem(T, precision, sweep)
-    drift = np.exp(rng.normal(0, 0.02, options["rounds"]))  # what all arms of a round share
     place = 0 if T <= 1 else 2 if T >= 128 else 1
     common = work.columns(model, block, options)
+    block = f"{block}-{precision}"
     if options["hostile"]:
         common["model"] = f"{model}{HOSTILE}"
     for name, factors in ARMS.items():
