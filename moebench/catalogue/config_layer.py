@@ -80,7 +80,7 @@ def _router(family: Family, values: Values, experts: int) -> RouterSpec:
     return RouterSpec(
         kind=kind,
         normalise=_normalise(family, values, kind),
-        scale=values.number(family.scale) if family.scale else 1.0,
+        scale=1.0 if not family.scale or values.raw(family.scale) is None else values.number(family.scale),
         groups=groups if grouped else 1,
         topk_groups=topk_groups if grouped else 1,
         logit_bias=family.activation == "clamped_biased",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from moebench.catalogue.config_layer import layer_of
 from moebench.catalogue.families import REFUSED, Family, families, known, text_family
@@ -24,7 +24,7 @@ EXPERT_KEYS = (
 # A multimodal config keeps its language model under one of these.
 TEXT_PARTS = ("text_config", "thinker_config", "language_config", "llm_config")
 # Config files that transformers reads with another family's class, or that are the same architecture.
-SAME_AS = {"kimi_k2": "deepseek_v3", "qwen3_omni_moe": "qwen3_omni_moe_thinker"}
+SAME_AS = {"kimi_k2": "deepseek_v3", "minimax_m3": "minimax_m3_vl_text", "qwen3_omni_moe": "qwen3_omni_moe_thinker"}
 
 
 def read_config(path: Path) -> ModelSpec:
@@ -46,8 +46,9 @@ def read_config(path: Path) -> ModelSpec:
     hidden_size = values.count(family.hidden)
     layers = depth(family.sparse, values, family.layers)
     kinds, dense = _kinds(family, values, hidden_size, layers)
-    tied = config.get("tie_word_embeddings", False) if nested and "tie_word_embeddings" in config else None
-    parts = _parts(family, values, hidden_size, layers, kinds, dense, tied)
+    # The head belongs to the outer model: what that says of it stands above the text part's own word.
+    outer = Values(str(path), config, {}) if nested and "tie_word_embeddings" in config else values
+    parts = _parts(family, values, hidden_size, layers, kinds, dense, outer.flag("tie_word_embeddings"))
     return ModelSpec(
         id=path.stem if path.stem != "config" else path.resolve().parent.name or "config",
         title=family.model_type,
@@ -64,20 +65,16 @@ def read_config(path: Path) -> ModelSpec:
 def _parse(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
-        config = json.loads(text, parse_constant=_not_a_number)
+        config = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
     except RecursionError:
         raise ValueError(f"{path}: not a config.json: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {str(error).split(';')[0]}") from None
+    except ValueError:
+        raise ValueError(f"{path}: holds a number of thousands of digits") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: holds a JSON {type(config).__name__}; a config.json is an object")
     return config
-
-
-def _not_a_number(name: str) -> NoReturn:
-    raise ValueError(f"holds {name}, which is not a JSON number")
 
 
 def _family(where: str, config: dict[str, Any]) -> tuple[Family, Mapping[str, Any], bool]:
@@ -152,24 +149,20 @@ def _parts(
     layers: int,
     kinds: tuple[MoELayers, ...],
     dense: int,
-    tied: Any,
+    tied: bool,
 ) -> Parts | None:
     """The whole model's parameters, or None where its attention is not modelled."""
     if not family.attention:
         return None
-    mixing = mixing_params(family.attention, values, hidden_size, layers)
-    if mixing is None:
-        return None
     layer = kinds[0].layer
     one = ffn_params(hidden_size, values.count(family.dense), gated=layer.gated, bias=layer.expert_bias) if dense else 0
-    is_tied = tied if isinstance(tied, bool) else values.flag("tie_word_embeddings")
     vocabulary = values.count("vocab_size")
     head_bias = vocabulary if values.flag("lm_head_bias") else 0
     vectors = int(family.norms.rstrip("b")) * (2 if family.norms.endswith("b") else 1)
     final = 0 if vectors == 0 else 2 if family.norms.endswith("b") else 1
     return Parts(
-        embedding=hidden_size * vocabulary * (1 if is_tied else 2) + head_bias,
-        mixing=mixing,
+        embedding=hidden_size * vocabulary * (1 if tied else 2) + head_bias,
+        mixing=mixing_params(family.attention, values, hidden_size, layers),
         dense=dense * one,
         layers=kinds,
         norms=hidden_size * (vectors * layers + final),

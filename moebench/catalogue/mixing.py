@@ -25,8 +25,8 @@ class Heads:
     head_dim: int
 
 
-def mixing_params(rule: str, values: Values, hidden_size: int, layers: int) -> int | None:
-    """Parameters of all mixers of `layers` layers under `rule`; None where the rule does not cover this model."""
+def mixing_params(rule: str, values: Values, hidden_size: int, layers: int) -> int:
+    """Parameters of all mixers of `layers` layers under `rule`."""
     name, *words = rule.split()
     options = dict(word.partition("=")[::2] for word in words)
     return _RULES[name](values, hidden_size, layers, options)
@@ -66,7 +66,7 @@ def _gqa(values: Values, hidden_size: int, layers: int, options: Options) -> int
     return layers * _gqa_layer(values, heads(values, hidden_size), options)
 
 
-def _mla(values: Values, hidden_size: int, layers: int, options: Options) -> int | None:
+def _mla(values: Values, hidden_size: int, layers: int, options: Options) -> int:
     count = values.count("num_attention_heads")
     q_rank, kv_rank = values.optional_count("q_lora_rank") or 0, values.count("kv_lora_rank")
     rope = values.count("qk_rope_head_dim", 0)
@@ -74,13 +74,23 @@ def _mla(values: Values, hidden_size: int, layers: int, options: Options) -> int
     params = mla(hidden_size, count, q_rank, kv_rank, nope, rope, v_dim) + q_rank + kv_rank
     if values.flag("attention_bias"):
         params += q_rank + kv_rank + rope + hidden_size
-    if "indexer" in options:
-        if values.names("indexer_types") is not None:
-            return None
-        width = values.count("index_head_dim")
-        wide = values.count("index_n_heads")
-        params += q_rank * wide * width + hidden_size * (width + wide) + 2 * width
-    return layers * params * (2 if "twice" in options else 1)
+    total = layers * params * (2 if "twice" in options else 1)
+    if "indexer" not in options:
+        return total
+    width, wide = values.count("index_head_dim"), values.count("index_n_heads")
+    indexer = q_rank * wide * width + hidden_size * (width + wide) + 2 * width
+    return total + _indexers(values, layers) * indexer
+
+
+def _indexers(values: Values, layers: int) -> int:
+    """Layers with a sparse-attention indexer of their own; the others share one (GLM-5.2)."""
+    kinds = values.names("indexer_types")
+    if kinds is not None:
+        return kinds.count("full")
+    every = values.optional_count("index_topk_freq", 1) or 1
+    offset = values.optional_count("index_skip_topk_offset")
+    first = 2 if offset is None else offset
+    return sum(max(i - first + 1, 0) % every == 0 for i in range(layers))
 
 
 def _layer_types(values: Values, layers: int, default: list[str]) -> list[str]:
@@ -153,7 +163,7 @@ def _nllb(values: Values, hidden_size: int, layers: int, options: Options) -> in
     return (layers + 2 * decoder) * attention + norms
 
 
-_RULES: dict[str, Callable[[Values, int, int, Options], int | None]] = {
+_RULES: dict[str, Callable[[Values, int, int, Options], int]] = {
     "gqa": _gqa,
     "mla": _mla,
     "deltanet": _deltanet,

@@ -6,6 +6,7 @@ Each rule is named in families.csv's `sparse` column, with the key it reads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from moebench.catalogue.values import MAX_LAYERS, Values
 
@@ -19,7 +20,7 @@ NEMOTRON_PATTERN = {"E": "moe", "-": "mlp", "M": "mamba", "*": "attention"}
 def layer_counts(rule: str, values: Values, layers: int) -> Counts:
     """MoE layers by kind and the number of dense layers among `layers`.
 
-    A list `mlp_layer_types` in the file stands above the family's rule.
+    A list `mlp_layer_types`, or a list `moe_layer_freq` of zeros and ones, stands above the family's rule.
 
     Raises:
         ValueError: a list of the wrong length or with an unknown name, or an impossible step.
@@ -27,6 +28,11 @@ def layer_counts(rule: str, values: Values, layers: int) -> Counts:
     named = values.names("mlp_layer_types")
     if named is not None:
         return _named(values, named, layers)
+    frequency = values.raw("moe_layer_freq")
+    if isinstance(frequency, list):
+        return _listed(values, frequency, layers)
+    if values.raw("pyramid_num_routed") is not None:
+        raise values.fault("pyramid_num_routed", values.raw("pyramid_num_routed"), "null: one number of experts")
     name, _, key = rule.partition(" ")
     return _RULES[name](values, layers, key)
 
@@ -43,6 +49,12 @@ def _named(values: Values, named: list[str], layers: int) -> Counts:
     return kinds, named.count("dense")
 
 
+def _listed(values: Values, frequency: list[Any], layers: int) -> Counts:
+    if len(frequency) != layers or not all(type(item) is int and item in (0, 1) for item in frequency):
+        raise values.fault("moe_layer_freq", frequency, f"a number, or {layers} zeros and ones")
+    return _split(sum(frequency), layers)
+
+
 def _split(sparse: int, layers: int) -> Counts:
     return {"": sparse}, layers - sparse
 
@@ -52,10 +64,10 @@ def _all(values: Values, layers: int, key: str) -> Counts:
 
 
 def _dense_first(values: Values, layers: int, key: str) -> Counts:
-    frequency = values.raw("moe_layer_freq")
-    if frequency not in (None, 1):
-        raise values.fault("moe_layer_freq", frequency, "1 (every layer after the dense ones)")
-    return _split(layers - min(values.count(key, 0), layers), layers)
+    first = values.count(key, 0)
+    # DeepSeek's own code: every n-th layer past the dense ones.
+    every = 1 if values.raw("moe_layer_freq") is None else values.count("moe_layer_freq")
+    return _split(sum(i >= first and i % every == 0 for i in range(layers)), layers)
 
 
 def _step(values: Values, layers: int, key: str) -> Counts:

@@ -49,7 +49,13 @@ def test_what_is_no_count(key: str, value: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 def test_nan_and_infinity(number: str, tmp_path: Path) -> None:
     text = json.dumps(MIXTRAL).replace('"hidden_size": 64', f'"hidden_size": {number}')
-    assert f"holds {number}" in refused(written(tmp_path, text))
+    assert f"hidden_size is {float(number)!r}; it must be a whole number" in refused(written(tmp_path, text))
+
+
+def test_an_infinity_where_none_of_our_keys_stands_is_let_be(tmp_path: Path) -> None:
+    """Nemotron's published files hold `"time_step_limit": [0.0, Infinity]`."""
+    text = json.dumps(MIXTRAL).replace('"hidden_size": 64', '"hidden_size": 64, "time_step_limit": [0.0, Infinity]')
+    assert read_config(written(tmp_path, text)).layers
 
 
 def test_a_number_of_ten_thousand_digits(tmp_path: Path) -> None:
@@ -137,7 +143,9 @@ def test_one_expert_is_no_mixture(tmp_path: Path) -> None:
         ({"model_type": "qwen3_moe", "hidden_act": 5}, "hidden_act is 5; it must be text"),
         ({"model_type": "qwen3_moe", "mlp_only_layers": list(range(24))}, "none of its 24 layers is an MoE layer"),
         ({"model_type": "deepseek_v3", "n_group": 7}, "n_group is 7; it must be a divisor of 256 experts"),
-        ({"model_type": "deepseek_v3", "moe_layer_freq": 2}, "moe_layer_freq is 2"),
+        ({"model_type": "deepseek_v3", "moe_layer_freq": 0}, "moe_layer_freq is 0; it must be a whole number, 1 to"),
+        ({"model_type": "mimo_v2_flash", "moe_layer_freq": [0, 1]}, "it must be a number, or 48 zeros and ones"),
+        ({"model_type": "dots3_note_text", "pyramid_num_routed": [8, 16]}, "pyramid_num_routed is [8, 16]"),
         ({"model_type": "deepseek_v2", "num_experts_per_tok": 6, "topk_method": "x"}, "topk_method is 'x'"),
         ({"model_type": "deepseek_v2"}, "num_experts_per_tok is missing or null"),
         ({"model_type": "dbrx", "ffn_config": 3}, "ffn_config is 3; it must be an object"),

@@ -38,7 +38,7 @@ def compare(model_type: str, config: Any, path: Path) -> None:
     ours = sorted(kind.layer.total_params() + extra for kind in spec.layers for _ in range(kind.count))
     assert ours == sorted(tiny.moe_layers(model).values())
     if spec.computed_total is None:
-        assert families()[model_type].attention in ("", "mla indexer")
+        assert families()[model_type].attention == ""
         assert spec.uncounted
         return
     named = {name: parameter for name, parameter in model.named_parameters() if not tiny.AUXILIARY.search(name)}
@@ -182,6 +182,22 @@ def test_deepseek_v4_names_its_two_kinds(tmp_path: Path) -> None:
         ("hash", 3, "hash_sqrt_softplus"),
         ("learned", 3, "sqrt_softplus_bias"),
     ]
+
+
+def test_which_layers_are_moe_layers_in_the_makers_own_files(tmp_path: Path) -> None:
+    """Spellings of published files that transformers converts before it writes its own."""
+    path = tmp_path / "config.json"
+    for config, moe_layers in (
+        ({"model_type": "mimo_v2_flash", "moe_layer_freq": [0] + [1] * 47, "routed_scaling_factor": None}, 47),
+        ({"model_type": "minimax_m3_vl", "text_config": {"moe_layer_freq": [0, 0, 0] + [1] * 57}}, 57),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "MEM*E-ME"}, 3),
+        ({"model_type": "deepseek_v3", "moe_layer_freq": 1, "first_k_dense_replace": 1}, 60),
+        ({"model_type": "deepseek_v3", "moe_layer_freq": 2, "first_k_dense_replace": 3}, 29),
+        ({"model_type": "kimi_linear", "num_experts": 256, "num_experts_per_token": 8, "moe_renormalize": True}, 26),
+    ):
+        path.write_text(json.dumps(config))
+        assert read_config(path).moe_layers == moe_layers
+        assert read_config(path).layers[0].layer.router.scale > 0
 
 
 def test_presets_agree_with_the_config_they_were_read_from(tmp_path: Path) -> None:

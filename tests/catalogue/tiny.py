@@ -130,7 +130,7 @@ SHARED_SIZES: dict[str, dict[str, Any]] = {
         "mamba_expand": 1,
         "mamba_proj_bias": True,
     },
-    "jetmoe": {},
+    "glm_moe_dsa": {"indexer_types": ["full", "full", "shared", "shared", "full", "shared"]},
     "llama4_text": {"interleave_moe_layer_step": 3, "num_attention_heads": 8},
     "ernie4_5_moe": {"moe_layer_start_index": 2, "moe_layer_end_index": 4, "moe_num_shared_experts": 1},
     "minimax": {"layer_types": ["linear_attention"] * 4 + ["full_attention"] * 2},
