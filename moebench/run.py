@@ -23,6 +23,7 @@ from moebench.analyse.load import write_results
 from moebench.block_run import BlockRun, Settings, entries_of
 from moebench.catalogue.cost import cost_inputs
 from moebench.catalogue.hardware import Hardware, hardware_table, match
+from moebench.failures import RunError
 from moebench.point import Block, digest
 from moebench.record import FAULTS, GOOD, Manifest, Record
 from moebench.recording import Context, record_of, skipped
@@ -33,10 +34,6 @@ from moebench.work import BYTES_PER_WEIGHT
 
 START_DEADLINE_S = 300.0
 WEIGHTS_SHARE = 0.6  # of what is available; a block whose precisions need more together is split by precision
-
-
-class RunError(Exception):
-    """The run could not go on; what was measured is kept. The message is one line."""
 
 
 @dataclass(frozen=True)

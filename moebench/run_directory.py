@@ -107,3 +107,12 @@ class RunDirectory:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunDirectoryError(f"{self.path} is being written by another run") from None
+
+
+def newest_unfinished(folder: Path, prefix: str) -> Path | None:
+    """The newest run directory under `folder` whose name starts with `prefix` and that is not complete."""
+    for path in sorted(folder.glob(f"{prefix}-*"), reverse=True):
+        manifest = path / MANIFEST
+        if path.is_dir() and (not manifest.exists() or '"finished": "complete"' not in manifest.read_text()):
+            return path
+    return None

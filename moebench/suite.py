@@ -84,7 +84,12 @@ class Suite:
         return list(expand.build(self.surveys[device_kind].sample))
 
 
-def load_suite(sources: Sequence[str], overrides: Mapping[str, Sequence[str]] | None = None) -> Suite:
+def load_suite(
+    sources: Sequence[str],
+    overrides: Mapping[str, Sequence[str]] | None = None,
+    *,
+    add_providers: Sequence[str] = (),
+) -> Suite:
     """Read shipped suites (by name) and files (by path), several as one, with overrides.
 
     Args:
@@ -92,6 +97,7 @@ def load_suite(sources: Sequence[str], overrides: Mapping[str, Sequence[str]] | 
             the longest budget and most replicates hold; `seed` is each file's own, and the first's for the suite.
         overrides: axis -> values as text, replacing that axis in every sweep. A value has to survive in one
             sweep at least; sweeps that the overrides leave empty are left out.
+        add_providers: they race beside the suite's own, in every sweep.
 
     Raises:
         SuiteError: with every fault, one line each.
@@ -99,7 +105,8 @@ def load_suite(sources: Sequence[str], overrides: Mapping[str, Sequence[str]] | 
     faults: list[str] = []
     chosen = read_overrides(overrides or {}, faults)
     texts, parts = _read_all(sources, faults)
-    sweeps = [sweep for file, part in parts for sweep in _sweeps(file, part, chosen, faults)]
+    joining = _joining(add_providers, faults)
+    sweeps = [sweep for file, part in parts for sweep in _sweeps(file, part, chosen, joining, faults)]
     faults = faults or expand.too_large(sweeps)
     if faults:
         raise SuiteError(faults)
@@ -116,7 +123,7 @@ def load_suite(sources: Sequence[str], overrides: Mapping[str, Sequence[str]] | 
         budget=_longest([part.budget for part in files]),
         text="\n".join(texts),
         overrides=chosen,
-        digest=digest({"text": texts, "overrides": {name: list(values) for name, values in chosen.items()}}),
+        digest=digest([texts, {name: list(values) for name, values in chosen.items()}, list(joining)]),
         sweeps=tuple(sweeps),
         surveys=surveys,
     )
@@ -155,10 +162,20 @@ def _read_all(sources: Sequence[str], faults: list[str]) -> tuple[list[str], lis
     return texts, parts
 
 
-def _sweeps(file: str, part: SuiteFile, chosen: Values, faults: list[str]) -> list[Sweep]:
+def _joining(names: Sequence[str], faults: list[str]) -> list[str]:
+    joining: list[str] = []
+    for name in dict.fromkeys(names):
+        try:
+            joining.append(str(AXES["provider"].read(name)))
+        except ValueError as error:
+            faults.append(f"--provider {error}")
+    return joining
+
+
+def _sweeps(file: str, part: SuiteFile, chosen: Values, joining: Sequence[str], faults: list[str]) -> list[Sweep]:
     defaults = read_values(f"{file}: defaults", part.defaults, faults)
     read = [
-        read_sweep(f"{file}: sweep {number}", table, defaults, part.seed, chosen, faults)
+        read_sweep(f"{file}: sweep {number}", table, defaults, part.seed, chosen, joining, faults)
         for number, table in enumerate(part.sweep, 1)
     ]
     return [sweep for sweep in read if sweep]

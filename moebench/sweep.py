@@ -79,9 +79,15 @@ def override_key(name: str, texts: Iterable[object]) -> str:
 
 
 def read_sweep(
-    label: str, table: SweepTable, defaults: Values, seed: int, overrides: Values, faults: list[str]
+    label: str,
+    table: SweepTable,
+    defaults: Values,
+    seed: int,
+    overrides: Values,
+    joining: Sequence[str],
+    faults: list[str],
 ) -> Sweep | None:
-    """The sweep, or None with what is wrong added to `faults`."""
+    """The sweep, or None with what is wrong added to `faults`; the providers in `joining` race wherever others do."""
     before = len(faults)
     written = _written(label, table, faults)
     clauses = _where(label, table.where, faults)
@@ -92,6 +98,7 @@ def read_sweep(
     rest: dict[str, tuple[Value, ...]] = {"seed": (seed,)} | _not_displaced(defaults, taken)
     choices += [_grid(f"{label}: defaults.{name}", name, values) for name, values in rest.items() if name not in taken]
     faults += [f"{label}: {fault}" for fault in _incomplete(_axes(choices))]
+    choices = [_joined(choice, joining) for choice in choices]
     return None if len(faults) > before else Sweep(label, table.device, table.where, clauses, tuple(choices))
 
 
@@ -201,6 +208,15 @@ def _override(choices: list[Choice], overrides: Values) -> list[Choice]:
         if rows[0]:
             kept.append(Choice(choice.key, choice.axes - gone, rows))
     return kept + [_grid(override_key(name, values), name, values) for name, values in overrides.items()]
+
+
+def _joined(choice: Choice, providers: Sequence[str]) -> Choice:
+    """Further providers, for whatever else the rows with a provider say."""
+    if "provider" not in choice.axes:
+        return choice
+    known = {row["provider"] for row in choice.rows}
+    more = [{**row, "provider": name} for name in providers if name not in known for row in choice.rows]
+    return Choice(choice.key, choice.axes, choice.rows + _distinct(more))
 
 
 def _displaced(names: Iterable[str]) -> set[str]:

@@ -1,0 +1,290 @@
+"""The command line: parses, calls, echoes. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from moebench import __version__
+
+if TYPE_CHECKING:
+    from moebench.run import Options, Outcome
+    from moebench.suite import Suite
+
+DEFAULT_SUITE = "quick"
+RUNS = Path("moebench-runs")
+KINDS = ("models", "providers", "routers", "suites", "hardware")
+
+
+class Commands(click.Group):
+    """Turns a user's mistake into one line and exit code 2, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from moebench.failures import RunError
+
+        try:
+            return super().invoke(ctx)
+        except RunError as error:
+            _fail(str(error), 1)
+        except ValueError as error:
+            _fail(str(error), 2)
+        except BrokenPipeError:
+            sys.stderr.close()  # `moebench list models | head`: nobody listens any more
+            sys.exit(0)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    for line in message.splitlines():
+        click.echo(f"moebench: {line}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moebench")
+def main() -> None:
+    """Benchmark mixture-of-experts layers: checked, timed, priced, and drawn side by side.
+
+    \b
+    Examples:
+      moebench run suite                         the default suite, then a report
+      moebench run suite smoke --out run1        another suite, into a folder of your choice
+      moebench describe mixtral-8x7b             a published layer, in numbers
+      moebench list providers                    what can be raced here
+    """
+
+
+@main.group()
+def run() -> None:
+    """Measure something."""
+
+
+@run.command("suite")
+@click.argument("sources", nargs=-1, metavar="[NAME|FILE]...")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: moebench-runs/SUITE-TIME]")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out (or with the suite's newest unfinished one).")
+@click.option("--set", "sets", multiple=True, metavar="AXIS=V[,V]", help="Replace an axis in every sweep. Repeatable.")
+@click.option(
+    "--provider",
+    "providers",
+    multiple=True,
+    metavar="A[,B]",
+    help="Race only these providers. Given only path/to/file.py:function, it joins the suite's own.",
+)
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
+@click.option("--hardware", type=click.Path(path_type=Path), help="CSV or TOML with your devices' peaks and prices.")
+@click.option("--check-only", is_flag=True, help="Check every answer, time nothing.")
+@click.option("--shard", metavar="I/N", default="1/1", help="Run only the I-th of N shares of the blocks.")
+@click.option("--no-report", is_flag=True, help="Leave out report.html.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, its size and estimated time; measure nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome (or the plan) as JSON on stdout.")
+def run_suite(
+    sources: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    sets: tuple[str, ...],
+    providers: tuple[str, ...],
+    device: str,
+    hardware: Path | None,
+    check_only: bool,
+    shard: str,
+    no_report: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Measure a suite and write its report; `quick` when none is named.
+
+    Exit codes: 0 all good, 1 some point failed, 2 bad words or a bad file, 130 interrupted (--resume goes on).
+
+    \b
+    Examples:
+      moebench run suite
+      moebench run suite decode --set model=qwen3-30b-a3b --set tokens=1,8,64
+      moebench run suite --provider my_kernel.py:experts
+      moebench run suite sweep --dry-run
+      moebench run suite quick --out run1 --resume
+    """
+    from moebench.suite import load_suite, parse_shard
+
+    names, added = _provider_choice(providers)
+    overrides = _overrides(sets) | ({"provider": names} if names else {})
+    suite = load_suite(sources or (DEFAULT_SUITE,), overrides, add_providers=added)
+    share = parse_shard(shard)
+    if dry_run:
+        _print_plan(suite, device, as_json)
+        return
+    from moebench.run import Options, default_command
+
+    options = Options(
+        out=out or _default_out(suite, resume),
+        resume=resume,
+        device=device,
+        check_only=check_only,
+        shard=share,
+        hardware=hardware,
+        command=default_command(),
+    )
+    _run(suite, options, report=not no_report, as_json=as_json)
+
+
+def _run(suite: Suite, options: Options, *, report: bool, as_json: bool) -> None:
+    from moebench.run import resume_command, run_suite
+    from moebench.terminal import LiveProgress, outcome_lines
+
+    with LiveProgress(suite) as progress:
+        outcome = run_suite(suite, options, progress)
+    page = _write_report(outcome) if report else None
+    for line in outcome_lines(outcome):
+        click.echo(line, err=True)
+    if outcome.interrupted:
+        click.echo(f"interrupted; go on with:  {resume_command(options)}", err=True)
+    if as_json:
+        result = {"path": str(outcome.path), "report": page and str(page), "exit_code": outcome.exit_code}
+        click.echo(json.dumps([{**result, **outcome.counts}]))
+    else:
+        click.echo(page or outcome.path)
+    sys.exit(outcome.exit_code)
+
+
+def _write_report(outcome: Outcome) -> Path | None:
+    if not (outcome.path / "results.parquet").exists():
+        return None
+    from moebench.report import write_report
+
+    return write_report([outcome.path], outcome.path / "report.html")
+
+
+def _provider_choice(given: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """(providers that replace the suite's, providers that join them)."""
+    from moebench.providers import PROVIDERS
+
+    names = [name for text in given for name in text.split(",")]
+    return ([], names) if names and not any(name in PROVIDERS for name in names) else (names, [])
+
+
+def _overrides(sets: tuple[str, ...]) -> dict[str, list[str]]:
+    overrides: dict[str, list[str]] = {}
+    for text in sets:
+        axis, equals, values = text.partition("=")
+        if not equals or not axis:
+            raise click.BadParameter(f"{text!r} is not AXIS=VALUE[,VALUE]", param_hint="--set")
+        if axis in overrides:
+            raise click.BadParameter(f"{axis} is given twice", param_hint="--set")
+        overrides[axis] = values.split(",")
+    return overrides
+
+
+def _default_out(suite: Suite, resume: bool) -> Path:
+    from datetime import datetime
+
+    prefix = "".join(character if character.isalnum() else "-" for character in suite.name)
+    if not resume:
+        return RUNS / f"{prefix}-{datetime.now():%Y%m%d-%H%M%S}"
+    from moebench.run_directory import newest_unfinished
+
+    found = newest_unfinished(RUNS, prefix)
+    if found is None:
+        raise ValueError(f"there is no unfinished run of {suite.name} in {RUNS}; name its folder with --out")
+    return found
+
+
+def _print_plan(suite: Suite, device: str, as_json: bool) -> None:
+    from moebench.plan_text import plan_rows, plan_text
+
+    rows = plan_rows(suite, device, RUNS)
+    click.echo(json.dumps(rows) if as_json else plan_text(suite, rows))
+
+
+@main.command("list")
+@click.argument("kind", type=click.Choice(KINDS))
+@click.option("--json", "as_json", is_flag=True, help="A list of flat objects on stdout.")
+@click.option("--hardware", type=click.Path(path_type=Path), help="With `hardware`: your rows too.")
+def list_things(kind: str, as_json: bool, hardware: Path | None) -> None:
+    """List models, providers, routers, suites or hardware.
+
+    \b
+    Examples:
+      moebench list models
+      moebench list providers --json
+    """
+    from moebench import listings
+
+    rows = listings.hardware(hardware) if kind == "hardware" else getattr(listings, kind)()
+    _print_rows(rows, as_json, listings.COLUMNS[kind])
+
+
+@main.command()
+@click.argument("model", metavar="MODEL|config.json")
+@click.option("--tokens", type=click.IntRange(1, 2**30), default=1, show_default=True, help="Tokens of one call.")
+@click.option("--precision", default="bf16", show_default=True, help="Of the weights, for bytes.")
+@click.option("--json", "as_json", is_flag=True, help="A list of flat objects on stdout.")
+def describe(model: str, tokens: int, precision: str, as_json: bool) -> None:
+    """A published MoE layer, or a config.json's, in numbers; the file is read as data.
+
+    \b
+    Examples:
+      moebench describe mixtral-8x7b
+      moebench describe path/to/config.json --tokens 16
+      moebench describe swin-moe-s-64:stage3 --json
+    """
+    from moebench.catalogue.describe import describe as described
+    from moebench.catalogue.describe import render
+
+    rows = described(model, tokens, precision)
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    from moebench.terminal import print_renderable
+
+    print_renderable(render(rows))
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--out", type=click.Path(path_type=Path), help="The page. [default: report.html in the first RUN]")
+@click.option("--baseline", help="Provider that the radar's ratios are taken against.")
+@click.option("--figures", type=click.Path(path_type=Path), metavar="DIR", help="Also write print figures (PDF, PNG).")
+@click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Also write a Markdown summary.")
+def report(
+    runs: tuple[Path, ...], out: Path | None, baseline: str | None, figures: Path | None, markdown: Path | None
+) -> None:
+    """Write the CAP report of one or more runs; needs neither torch nor a GPU.
+
+    \b
+    Examples:
+      moebench report moebench-runs/quick-20260101-120000
+      moebench report run1 run2 --out both.html --figures figures
+    """
+    from moebench.report import write_figures, write_markdown, write_report
+
+    click.echo(write_report(runs, out or runs[0] / "report.html", baseline=baseline))
+    if figures is not None:
+        for path in write_figures(runs, figures):
+            click.echo(path)
+    if markdown is not None:
+        click.echo(write_markdown(runs, markdown))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="A list of flat objects on stdout.")
+def doctor(as_json: bool) -> None:
+    """Say what this machine can and cannot measure, and why."""
+    from moebench import listings
+
+    rows = listings.doctor()
+    _print_rows(rows, as_json, listings.COLUMNS["doctor"])
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...]) -> None:
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    from moebench.terminal import print_rows
+
+    print_rows(rows, columns)

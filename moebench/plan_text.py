@@ -1,0 +1,79 @@
+"""The plan of a suite as `--dry-run` prints it: size, estimated time, the first blocks. No torch."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from moebench.estimate import estimate_seconds
+from moebench.suite import Suite
+
+SHOWN_BLOCKS = 12
+Row = dict[str, Any]
+Kind = Literal["cpu", "cuda"]
+
+
+def plan_rows(suite: Suite, device: str, runs: Path) -> list[Row]:
+    """One flat row: points, blocks, seconds, and what the estimate rests on.
+
+    `auto` is planned for the GPU where a driver is loaded. The estimate is calibrated
+    by the ceilings of the newest run on the same kind of device under `runs`.
+    """
+    kind: Kind = "cuda" if device == "cuda" or (device == "auto" and _has_gpu()) else "cpu"
+    size = suite.count(kind)
+    estimate = estimate_seconds(suite, kind, _known_ceilings(runs, kind))
+    return [
+        {
+            "suite": suite.name,
+            "device_kind": kind,
+            "points": size.points,
+            "blocks": size.blocks,
+            "replicates": suite.replicates,
+            "seconds": round(estimate.seconds, 1),
+            "basis": estimate.basis,
+            "sampled_blocks": estimate.sampled,
+        }
+    ]
+
+
+def plan_text(suite: Suite, rows: list[Row]) -> str:
+    """The plan in a few lines."""
+    row = rows[0]
+    sampled = "" if row["sampled_blocks"] >= row["blocks"] else f", from a sample of {row['sampled_blocks']} blocks"
+    lines = [
+        f"{suite.name}: {suite.question}",
+        f"{row['points']:,} points in {row['blocks']:,} blocks on {row['device_kind']}"
+        + (f", {row['replicates']} replicates" if row["replicates"] > 1 else ""),
+        f"about {duration(row['seconds'])} ({row['basis']}{sampled})",
+    ]
+    for block in islice(suite.blocks(row["device_kind"]), SHOWN_BLOCKS):
+        problem = block.problem
+        providers = ", ".join(dict.fromkeys(variant.provider for variant in block.variants))
+        lines.append(f"  {problem.model} T={problem.tokens} {problem.traffic} {problem.direction}: {providers}")
+    rest = row["blocks"] - SHOWN_BLOCKS
+    return "\n".join([*lines, f"  ... and {rest:,} more blocks"] if rest > 0 else lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit a person would choose."""
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _has_gpu() -> bool:
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+
+
+def _known_ceilings(runs: Path, kind: Kind) -> dict[str, Any] | None:
+    for path in sorted(runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            manifest = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if manifest.get("device_kind") == kind and manifest.get("ceilings"):
+            return dict(manifest["ceilings"])
+    return None
