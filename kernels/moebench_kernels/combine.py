@@ -22,13 +22,11 @@ from moebench_kernels.runtime import cdiv, jit, next_power_of_2, on_device, tl
 
 def combine_torch(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     """Reference of `combine`; runs on any device. In float64 it computes in float64."""
-    if not plan.n_rows:
-        return rows.new_zeros(plan.n_tokens, rows.shape[1])
     wide = torch.promote_types(rows.dtype, torch.float32)
     row = plan.token2row.long()
     kept = (row >= 0)[:, :, None]
-    picked = torch.where(kept, rows[row.clamp(min=0)].to(wide) * weights[:, :, None], 0)
-    return picked.sum(1).to(rows.dtype)
+    picked = torch.where(kept, rows[row.clamp(min=0)].to(wide), 0)
+    return (picked * torch.where(kept, weights[:, :, None], 0)).sum(1).to(rows.dtype)
 
 
 @dataclass(frozen=True)

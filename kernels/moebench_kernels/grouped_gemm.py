@@ -16,7 +16,7 @@ Shapes: rows [R, K], W [E, N, K] ([E, K, N] when transposed), out [R, N]; here N
 the matrix's sizes, not top-k.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,24 +50,35 @@ class GemmConfig:
     num_stages: int
 
 
-def gemm_config(rows_per_expert: float, dtype: torch.dtype, *, gated: bool = False) -> GemmConfig:
-    """The forward and dX tile, by mean load. Chosen by the compiler's report (no spill on sm_80 and sm_90, fits their
-    shared memory, WGMMA on sm_90 from 64 rows); not measured on a GPU yet.
+def gemm_config(rows_per_expert: float, N: int, K: int, dtype: torch.dtype, *, gated: bool = False) -> GemmConfig:
+    """The forward and dX tile, by mean load; never wider than the matrix.
 
-    A gated tile keeps two accumulators, so it takes half the columns. float32 runs on FMA
-    units (IEEE), where a large tile only costs registers.
+    Chosen by the compiler's report (no spill on sm_80 and sm_90, fits their shared memory, WGMMA on
+    sm_90 from 64 rows); not measured on a GPU yet. A gated tile keeps two accumulators, so it takes half the
+    columns. float32 runs on FMA units (IEEE), where a large tile only costs registers.
     """
     if dtype == torch.float32:
-        return GemmConfig(16 if rows_per_expert <= 16 else 64, 32 if gated else 64, 32, 4, 3)
+        return _fit(GemmConfig(16 if rows_per_expert <= 16 else 64, 32 if gated else 64, 32, 4, 3), N, K)
     block_n = 64 if gated else 128
     if rows_per_expert <= 16:
-        return GemmConfig(16, block_n, 128, 4, 3)
-    return GemmConfig(64, block_n, 64, 4, 3) if rows_per_expert <= 64 else GemmConfig(128, block_n, 64, 8, 3)
+        return _fit(GemmConfig(16, block_n, 128, 4, 3), N, K)
+    if rows_per_expert <= 64:
+        return _fit(GemmConfig(64, block_n, 64, 4, 3), N, K)
+    return _fit(GemmConfig(128, block_n, 64, 8, 3), N, K)
 
 
-def ragged_config(dtype: torch.dtype) -> GemmConfig:
-    """The dW tile: block_m by block_n of dW[e], block_k rows at a time."""
-    return GemmConfig(64, 64, 32, 4, 3) if dtype == torch.float32 else GemmConfig(128, 128, 64, 8, 3)
+def ragged_config(N: int, K: int, dtype: torch.dtype) -> GemmConfig:
+    """The dW tile: block_m by block_n of dW[e] [N, K], block_k rows at a time."""
+    c = GemmConfig(64, 64, 32, 4, 3) if dtype == torch.float32 else GemmConfig(128, 128, 64, 8, 3)
+    return replace(c, block_m=min(c.block_m, _side(N)), block_n=min(c.block_n, _side(K)))
+
+
+def _fit(c: GemmConfig, N: int, K: int) -> GemmConfig:
+    return replace(c, block_n=min(c.block_n, _side(N)), block_k=min(c.block_k, _side(K)))
+
+
+def _side(size: int) -> int:
+    return max(16, next_power_of_2(size))  # tl.dot takes no less than 16
 
 
 @jit
@@ -200,7 +211,7 @@ def launch_grouped_gemm(
     z = rows.new_empty(plan.n_rows, 2 * N if gated else N) if save_z else None
     if plan.n_rows == 0:
         return out, z
-    c = gemm_config(plan.n_rows / plan.n_experts, rows.dtype, gated=gated)
+    c = gemm_config(plan.n_rows / plan.n_experts, N, K, rows.dtype, gated=gated)
     row_tiles = plan.n_rows // c.block_m + min(plan.n_experts + 1, plan.n_rows)
     with on_device(rows):
         _grouped_gemm_kernel[(row_tiles * cdiv(N, c.block_n),)](
@@ -219,7 +230,7 @@ def launch_ragged_gemm(
     """dW [E, N, K] from left [R, N] and right [R, K] (token-major [T, ...] where gathered); unchecked."""
     N, K = left.shape[1], right.shape[1]
     dw = right.new_empty(plan.n_experts, N, K)
-    c = ragged_config(right.dtype)
+    c = ragged_config(N, K, right.dtype)
     with on_device(right):
         _ragged_gemm_kernel[(plan.n_experts * cdiv(N, c.block_m) * cdiv(K, c.block_n),)](
             left, right, dw, plan.offsets, plan.row2assignment, N, K,

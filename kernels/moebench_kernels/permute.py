@@ -23,7 +23,7 @@ from moebench_kernels.runtime import cdiv, jit, next_power_of_2, on_device, tl
 def permute_torch(x: Tensor, plan: Plan) -> Tensor:
     """Reference of `permute`; runs on any device."""
     token = plan.row2token.long()
-    return torch.where((token >= 0)[:, None], x[token.clamp(min=0)], 0) if plan.n_rows else x.new_zeros(0, x.shape[1])
+    return torch.where((token >= 0)[:, None], x[token.clamp(min=0)], 0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,173 @@
+"""Compile kernels for GPUs that are not here and print what came out, one JSON object a line.
+
+Run by test_compile.py in a process of its own: TRITON_INTERPRET must be unset when triton is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moebench_kernels.activation import _activation_backward_kernel, activation_config
+from moebench_kernels.combine import _combine_backward_kernel, _gather_sum_kernel, combine_config
+from moebench_kernels.gate import _topk_gate_backward_kernel, _topk_gate_kernel, gate_config
+from moebench_kernels.grouped_gemm import _grouped_gemm_kernel, _ragged_gemm_kernel, gemm_config, ragged_config
+from moebench_kernels.permute import _permute_kernel, permute_config
+from moebench_kernels.plan import CONFIG, _count_kernel, _rank_kernel, _scan_kernel
+
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Pointers that do not hold the layer's own dtype.
+INT32 = {"ids_ptr", "offsets_ptr", "blocks_ptr", "counts_ptr", "row2assignment_ptr", "token2row_ptr"}
+FP32 = {"weights_ptr", "d_weights_ptr"}
+DIVISIBLE = ("*i32", "*fp32", "*fp16", "*bf16", "i32")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel in one shipped config for one target."""
+
+    name: str
+    kernel: Any
+    dtype: str
+    capability: int
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    floats: tuple[str, ...] = ()
+    ones: tuple[str, ...] = field(default=())  # arguments equal to 1, which Triton turns into constants
+
+
+def pointer(name: str, dtype: str) -> str:
+    """Signature type of a pointer argument."""
+    if name in INT32:
+        return "*i32"
+    return "*fp32" if name in FP32 else f"*{dtype}"
+
+
+def compile_one(build: Build) -> dict[str, Any]:
+    """Compile to a cubin, aligned as real shapes are: pointers and sizes that divide by 16, as the launcher would find.
+
+    Without that the loads are narrow, nothing is pipelined, and shared memory looks smaller than it is.
+    """
+    names = build.kernel.arg_names
+    constants = build.constants | dict.fromkeys(build.ones, 1)
+    signature = {}
+    for name in names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = pointer(name, build.dtype)
+        else:
+            signature[name] = "fp32" if name in build.floats else "i32"
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] in DIVISIBLE}
+    source = ASTSource(build.kernel, signature, constants, aligned)
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=options)
+    return label(build) | {
+        "shared_bytes": compiled.metadata.shared,
+        "wgmma": "wgmma" in compiled.asm["ptx"],
+        **resources(compiled.asm["cubin"]),
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack (spilled registers live there) a thread, as cuobjdump reads them from the binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK):(\d+)", text))
+    return {"registers": int(found["REG"]), "stack_bytes": int(found["STACK"])}
+
+
+def label(build: Build) -> dict[str, Any]:
+    """What identifies a build."""
+    return {"name": build.name, "dtype": build.dtype, "capability": build.capability}
+
+
+def gemm(
+    dtype: str, capability: int, rows_per_expert: int, kind: str, gated: bool, ones: tuple[str, ...] = ("stride_k",)
+) -> Build:
+    """The grouped GEMM as `launch_grouped_gemm` would start it."""
+    c = gemm_config(rows_per_expert, 2048, 2048, TYPES[dtype], gated=gated)
+    constants = {
+        "TOP_K": 8, "GATHER": gated, "KIND": kind, "IS_GATED": gated, "SAVE_Z": gated, "INTERPRET": False,
+        "BLOCK_G": 128, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k,
+    }  # fmt: skip
+    constants |= {} if gated else {"z_ptr": None}
+    name = f"gemm {kind} {rows_per_expert}"
+    kernel = _grouped_gemm_kernel
+    return Build(name, kernel, dtype, capability, constants, c.num_warps, c.num_stages, ones=ones)
+
+
+def ragged(dtype: str, capability: int) -> Build:
+    """dW as `launch_ragged_gemm` would start it."""
+    c = ragged_config(2048, 2048, TYPES[dtype])
+    constants = {
+        "TOP_K": 8, "GATHER_LEFT": False, "GATHER_RIGHT": True, "INTERPRET": False,
+        "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k,
+    }  # fmt: skip
+    return Build("ragged", _ragged_gemm_kernel, dtype, capability, constants, c.num_warps, c.num_stages)
+
+
+def small(dtype: str, capability: int) -> list[Build]:
+    """Everything that is no GEMM, at D = 2048, F = 1024, E = 64, K = 8."""
+    g, p, m = gate_config(64), CONFIG, permute_config(2048)
+    c, a = combine_config(2048), activation_config(1024)
+    rows = {"TOP_K": 8, "BLOCK_D": c.block_d}
+    blocks = {"BLOCK_A": p.block_a, "BLOCK_E": p.block_e}
+    gates = {"TOP_K": 8, "OVER_CHOSEN": False, "BLOCK_T": g.block_t, "BLOCK_E": 64}
+    wide = gates | {"BLOCK_T": gate_config(4096).block_t, "BLOCK_E": 4096}
+    slopes = {"KIND": "gelu", "IS_GATED": True, "WEIGHTED": True, "BLOCK_R": a.block_r, "BLOCK_F": a.block_f}
+    kernels: list[tuple[str, Any, dict[str, Any]]] = [
+        ("gate", _topk_gate_kernel, gates | {"BLOCK_K": 8}),
+        ("gate backward", _topk_gate_backward_kernel, gates),
+        ("gate, E 4096", _topk_gate_kernel, wide | {"BLOCK_K": 8}),
+        ("gate backward, E 4096", _topk_gate_backward_kernel, wide),
+        ("count", _count_kernel, blocks),
+        ("scan", _scan_kernel, {"BLOCK_B": p.block_b, "BLOCK_E": p.block_e}),
+        ("rank", _rank_kernel, {"BLOCK_A": p.block_a}),
+        ("permute", _permute_kernel, {"TOP_K": 8, "BLOCK_R": m.block_r, "BLOCK_D": m.block_d}),
+        ("combine", _gather_sum_kernel, rows | {"WEIGHTED": True, "BLOCK_T": c.block_t}),
+        ("combine backward", _combine_backward_kernel, rows | {"BLOCK_R": c.block_t}),
+        ("activation backward", _activation_backward_kernel, slopes),
+    ]
+    return [Build(name, kernel, dtype, capability, more, floats=("scale",)) for name, kernel, more in kernels]
+
+
+def builds() -> list[Build]:
+    """One build per kernel and target at least; the GEMM in each of its shipped tiles and each dtype."""
+    ones = ("n_rows", "N", "K", "n_experts", "stride_e", "stride_n", "stride_k")
+    return [
+        gemm("bf16", 90, 512, "silu", True), gemm("bf16", 90, 512, "none", False),
+        gemm("bf16", 90, 512, "none", False, ("stride_n",)),
+        gemm("bf16", 90, 64, "silu", True), gemm("bf16", 90, 8, "gelu", True), gemm("bf16", 90, 8, "none", False),
+        gemm("fp16", 80, 512, "silu", True), gemm("fp16", 80, 64, "none", False), gemm("fp16", 80, 8, "relu", False),
+        gemm("fp32", 80, 512, "gelu", True), gemm("fp32", 90, 512, "none", False), gemm("fp32", 90, 8, "silu", True),
+        gemm("fp32", 80, 8, "none", False, ones), gemm("fp32", 80, 8, "silu", True, ones),
+        ragged("bf16", 90), ragged("fp16", 80), ragged("fp32", 80),
+        *small("bf16", 90), *small("fp32", 80),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Print one line a build; a build that fails prints its error."""
+    for build in builds():
+        try:
+            print(json.dumps(compile_one(build)), flush=True)
+        except Exception as error:  # noqa: BLE001 - whatever the compiler raises belongs in the answer
+            print(json.dumps(label(build) | {"error": repr(error)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
