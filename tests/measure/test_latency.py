@@ -2,6 +2,8 @@
 
 import gc
 import random
+import subprocess
+import sys
 import time
 from statistics import median
 
@@ -234,3 +236,10 @@ def test_one_outlier_does_not_make_it_wide():
 def test_a_handful_of_samples_is_never_called_narrow(n):
     assert shortfall([700.0] * n, device_kind="cpu") == ["few_samples", "wide_interval"]
     assert not enough([700.0] * n, device_kind="cpu", min_samples=1)
+
+
+def test_the_stop_rule_and_the_cpu_timer_need_no_torch():
+    check = (
+        "import sys, moebench.measure.latency as l; l.CpuTimer(1).burst(abs, 2, 0); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
