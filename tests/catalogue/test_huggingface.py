@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models as tiny
 
 from moebench.catalogue.families import REFUSED, families, known
 from moebench.catalogue.huggingface import read_config
-from tests.catalogue import tiny
 
 
 def zero_experts(config: Any) -> int:
