@@ -1,0 +1,43 @@
+# Two commands: `make run` and `make test`. Each makes its own environment in .venv first.
+PYTHON ?= python3
+SUITE ?= quick
+ARGS ?=
+# The versions this is tested with; `make run CONSTRAINTS=` installs the newest allowed ones instead.
+CONSTRAINTS ?= constraints.txt
+PIP := .venv/bin/python -m pip install --disable-pip-version-check --quiet $(addprefix -c ,$(CONSTRAINTS))
+
+.PHONY: run test test-quick lint format clean
+
+run: .venv/run
+	.venv/bin/moebench run suite $(SUITE) $(ARGS)
+
+test: lint
+	.venv/bin/python -m pytest
+
+# Without the browser, the wheel and the long end-to-end runs.
+test-quick: .venv/dev
+	.venv/bin/python -m pytest -m "not browser and not wheel and not slow"
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/dev
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.venv/run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "moebench needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "installing into .venv (PyTorch is large: a few minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(PIP) -e .
+	@touch $@
+
+.venv/dev: .venv/run
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
