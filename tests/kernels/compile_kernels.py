@@ -75,19 +75,18 @@ def compile_one(build: Build) -> dict[str, Any]:
     return label(build) | {
         "shared_bytes": compiled.metadata.shared,
         "wgmma": "wgmma" in compiled.asm["ptx"],
-        **resources(compiled.asm["cubin"]),
+        "registers": registers(compiled.asm["cubin"]),
     }
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and stack (spilled registers live there) a thread, as cuobjdump reads them from the binary."""
+def registers(cubin: bytes) -> int:
+    """Registers of a thread, as cuobjdump reads them from the binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK):(\d+)", text))
-    return {"registers": int(found["REG"]), "stack_bytes": int(found["STACK"])}
+    return max(int(count) for count in re.findall(r"REG:(\d+)", text))
 
 
 def label(build: Build) -> dict[str, Any]:
