@@ -141,7 +141,7 @@ def make_case(problem: Problem, variant: Variant, device: str) -> Case:
 
 
 def twin(bench: Bench, precision: str) -> Bench:
-    """A reduced layer with the same E, K and router, and the routing of the first tokens: what an interpreter can run."""
+    """What an interpreter can run: a reduced layer with the same E, K and router, and the first tokens' routing."""
     layer, problem = bench.problem.layer, bench.problem
     width = max(TWIN_WIDTH, -(-layer.routed_experts // 16) * 16) if can_impose(layer) else TWIN_WIDTH
     small = replace(
@@ -181,9 +181,7 @@ def _poison(output: Any) -> None:
 
 def _shape(problem: Problem, *, interpreted: bool) -> str:
     layer = problem.layer
-    shape = (
-        f"T{problem.tokens} D{layer.hidden_size} F{layer.expert_ffn_size} E{layer.routed_experts} K{layer.top_k}"
-    )
+    shape = f"T{problem.tokens} D{layer.hidden_size} F{layer.expert_ffn_size} E{layer.routed_experts} K{layer.top_k}"
     return f"{shape}, reduced twin in Triton's interpreter" if interpreted else shape
 
 

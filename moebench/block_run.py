@@ -242,9 +242,7 @@ class BlockRun:
         for entry in timed:
             if entry.live:
                 minimum = self.settings.budget.min_samples
-                entry.flags += shortfall(
-                    entry.samples_ms, device_kind=self.settings.device_kind, min_samples=minimum
-                )
+                entry.flags += shortfall(entry.samples_ms, device_kind=self.settings.device_kind, min_samples=minimum)
 
     def _burst(self, entry: Entry, number: int) -> None:
         estimate_s = entry.warmth["estimate_ms"] / 1e3

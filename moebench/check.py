@@ -65,8 +65,8 @@ def judge(provider: Any, state: State, case: Case, weights: Weights, answer: Ans
             fidelity = None
         else:
             parts, fidelity = _check_whole(provider, case, weights, answer)
-    except Wrong as wrong:
-        return Verdict(None, None, None, str(wrong))
+    except Wrong as why:
+        return Verdict(None, None, None, str(why))
     worst = scaled = NO_ERROR
     for errors, factor in parts:
         worst, scaled = worst.worst(errors), scaled.worst(errors.scaled(factor))
@@ -85,7 +85,8 @@ def sample_tokens(ids: Tensor, limit: int = CHECK_TOKENS) -> Tensor:
     hits = owner[:-1][owner[:-1] >= 0].unique()[:limit]
     spread = torch.linspace(0, tokens - 1, limit).long()
     fill = spread[~torch.isin(spread, hits)][: limit - len(hits)]
-    return torch.cat([hits, fill]).unique()
+    picked: Tensor = torch.cat([hits, fill]).unique()
+    return picked
 
 
 def eager_errors(case: Case, weights: Weights, inputs: Inputs) -> Errors:

@@ -55,7 +55,7 @@ def limit_ms(work: Work, precision: str, ceilings: dict[str, Any] | None) -> flo
     speeds = [speed for speed in (ceilings.get("copy_gbs"), ceilings.get("read_gbs")) if speed]
     if not tflops or not speeds:
         return None
-    return 1e3 * max(work.flops / (tflops * 1e12), work.compulsory_bytes / (max(speeds) * 1e9))
+    return 1e3 * max(work.flops / (float(tflops) * 1e12), work.compulsory_bytes / (float(max(speeds)) * 1e9))
 
 
 def cost(tokens_per_s: float, hardware: Hardware | None, joules_per_token: float | None) -> dict[str, float | None]:

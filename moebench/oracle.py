@@ -6,6 +6,8 @@ the shared experts; differentiable, so autograd gives the gradients' oracle too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -62,4 +64,10 @@ def _silu(z: Tensor) -> Tensor:
     return z / (1 + torch.exp(-z))
 
 
-_ACTIVATION = {"swiglu": _silu, "geglu": _gelu, "silu": _silu, "gelu": _gelu, "relu": lambda z: z.clamp(min=0)}
+_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": _silu,
+    "geglu": _gelu,
+    "silu": _silu,
+    "gelu": _gelu,
+    "relu": lambda z: z.clamp(min=0),
+}

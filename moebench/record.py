@@ -135,7 +135,8 @@ class Manifest(BaseModel):
         suite_text: the suite file(s) as read.
         versions: moebench, python, torch, triton, numpy, ...
         machine: host facts: cpu, cores, memory, gpu, driver, os.
-        ceilings: measured on this machine: {"gemm_tflops": {precision: x}, "copy_gbs": x, "read_gbs": x}; null: not measured.
+        ceilings: measured on this machine: {"gemm_tflops": {precision: x}, "copy_gbs": x, "read_gbs": x, ...};
+            null: not measured.
         hardware: the data-sheet row that applied, or null.
         cost: inputs of the cost columns with their dates, or null where the device has no price.
         providers: provider -> {"version", "hash"} or {"unavailable": reason}.

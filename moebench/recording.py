@@ -38,7 +38,7 @@ def record_of(entry: Entry, block: Block, context: Context, state_flags: list[st
         outcome = {"status": entry.status, "reason": entry.reason}
     elif entry.samples_ms:
         outcome = {"status": "measured", **_measured(entry, context)}
-        outcome["flags"] = entry.flags + state_flags + outcome["flags"]
+        outcome["flags"] = entry.flags + state_flags + _memory_flags(entry) + outcome["flags"]
     else:
         outcome = {"status": "verified"}
     return Record(**(_identity(entry, block, context) | _routing(entry) | _errors(entry) | outcome))
@@ -147,6 +147,11 @@ def _derived(entry: Entry, latency_ms: float, context: Context) -> dict[str, Any
     numbers["energy_net_j_per_token"] = None if net is None else net / problem.tokens
     numbers["flags"] += entry.energy.get("flags") or []
     return numbers | cost(problem.tokens / latency_ms * 1e3, context.hardware, per_token)
+
+
+def _memory_flags(entry: Entry) -> list[str]:
+    peak = entry.peak.get("peak_memory_bytes")
+    return ["memory_below_resolution"] if peak is not None and peak < entry.peak["resolution_bytes"] else []
 
 
 def _cache_resident(entry: Entry, cache_bytes: int | None) -> bool:

@@ -154,7 +154,9 @@ class _Run:
         done = {(record.point_id, record.replicate) for record in self.directory.records()}
         self.progress.started(manifest, len(done))
         deadline = self._deadline()
-        unavailable = {name: facts["unavailable"] for name, facts in manifest.providers.items() if "unavailable" in facts}
+        unavailable = {
+            name: facts["unavailable"] for name, facts in manifest.providers.items() if "unavailable" in facts
+        }
         settings = Settings(
             self.hello["device_kind"], self.suite.budget, unavailable, self.options.check_only, self.suite.energy
         )
@@ -180,9 +182,7 @@ class _Run:
         self.directory.journal.append(records)
         self.progress.block_done(block, records)
 
-    def _finish(
-        self, manifest: Manifest, finished: Literal["complete", "interrupted"], left_out: bool
-    ) -> Outcome:
+    def _finish(self, manifest: Manifest, finished: Literal["complete", "interrupted"], left_out: bool) -> Outcome:
         records = self.directory.records()
         rest = self._rest(manifest, records) if left_out else iter(())
         write_results(chain(records, rest), self.directory.results)
@@ -342,7 +342,9 @@ def _git() -> dict[str, Any]:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=False)
+            done = subprocess.run(
+                ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

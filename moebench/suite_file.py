@@ -20,6 +20,8 @@ from moebench.catalogue.names import nearest
 
 MAX_BYTES = 1 << 20
 MAX_FAULTS = 50
+MAX_KEY_PARTS = 50
+KEY_PART = re.compile(r"""[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'""")
 
 
 class SuiteError(ValueError):
@@ -111,6 +113,8 @@ def parse(file: str, text: str) -> SuiteFile:
     Raises:
         SuiteError: with every fault of keys and types.
     """
+    if _has_endless_key(text):
+        raise SuiteError([f"{file}: is not TOML: a key has more than {MAX_KEY_PARTS} parts"])
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -143,6 +147,12 @@ def _read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SuiteError([f"{path}: is not UTF-8 text (byte {error.start})"]) from None
+
+
+def _has_endless_key(text: str) -> bool:
+    """Whether it holds something like a.a.a.a...: tomllib needs memory that grows with the square of its parts."""
+    outline = KEY_PART.sub("k", text).translate({ord(" "): None, ord("\t"): None})
+    return "k." * MAX_KEY_PARTS in outline
 
 
 def _fault(detail: Any) -> str:

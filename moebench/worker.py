@@ -129,17 +129,19 @@ class Worker:
         warmth = latency.warm(arm.call, DRAWS, max_seconds=max_seconds, device_kind=self.kind)
         timer = latency.make_timer(self.kind, arm.call, DRAWS)
         self.timers[index] = timer
-        return {"first_call_ms": warmth.first_call_ms, "estimate_ms": warmth.estimate_ms, "timer": timer.name}
+        return {**warmth._asdict(), "timer": timer.name, "why": timer.why}
 
     def memory(self, index: int) -> dict[str, Any]:
         """Peak memory of a solo pass."""
         call = self.arms[index].call
         peak, reason = memory.peak_memory(lambda: call(0), self.kind)
-        return {"peak_memory_bytes": peak, "reason": reason}
+        return {"peak_memory_bytes": peak, "reason": reason, "resolution_bytes": memory.resolution_bytes(self.kind)}
 
     def burst(self, index: int, count: int, start: int) -> dict[str, Any]:
         """Some samples, milliseconds per call."""
         samples = self.timers[index].burst(self.arms[index].call, count, start)
+        if self.probe is not None:
+            self.probe.sample()
         return {"device_ms": samples.device_ms, "wall_ms": samples.wall_ms}
 
     def energy(self, index: int, window_s: float, trials: int, cool_down_s: float) -> dict[str, Any]:
@@ -166,7 +168,7 @@ class Worker:
     def state_end(self) -> dict[str, Any]:
         """What the machine did meanwhile, and the flags that follow."""
         assert self.probe is not None
-        state = self.probe.end()
+        state, self.probe = self.probe.end(), None
         return {"state": state, "flags": device.state_flags(state)}
 
     def drop(self, index: int) -> dict[str, Any]:

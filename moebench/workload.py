@@ -17,7 +17,7 @@ from moebench.point import Problem
 from moebench.routing import TopK, route_problem
 from moebench.routing.build import with_capacity
 from moebench.routing.logits import impose_logits
-from moebench.traffic import Traffic, parse_traffic
+from moebench.traffic import parse_traffic
 
 DRAWS = 4  # input and routing draws that rotate, the same for every arm
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -34,7 +34,7 @@ class Headline:
         winners: variants named by the verdict.
         sentence: the verdict, its ratio and interval, and the time over the model's MoE layers.
         remarks: what is faster by computing something else; the price of sparsity.
-        point_id: the fastest row; null when nothing was measured.
+        row: index of the fastest row in the table; null when nothing was measured.
     """
 
     problem: str
@@ -42,7 +42,7 @@ class Headline:
     winners: tuple[str, ...]
     sentence: str
     remarks: tuple[str, ...] = ()
-    point_id: str | None = None
+    row: int | None = None
 
 
 def headlines(table: pd.DataFrame) -> list[Headline]:
@@ -120,7 +120,7 @@ def _headline(row: Row) -> Headline:
     kind, winners, verdict = _verdict(row, variant)
     remarks = tuple(remark for remark in (_shortcut_remark(row), _sparsity_remark(row)) if remark)
     return Headline(
-        str(row["problem"]), kind, winners, f"{verdict}; {_over_the_model(row)}.", remarks, str(row["point_id"])
+        str(row["problem"]), kind, winners, f"{verdict}; {_over_the_model(row)}.", remarks, int(row["position"])
     )
 
 

@@ -74,8 +74,8 @@ def time_on_device(launch: Call, order: Iterable[int], hold_ms: float) -> list[f
     """Milliseconds between events around each launch, the queue held back by a spin of `hold_ms` before each."""
     pairs = []
     for index in order:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(int(hold_ms * SPIN_CYCLES_PER_MS))  # type: ignore[no-untyped-call]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(hold_ms * SPIN_CYCLES_PER_MS))
         begin.record()
         launch(index)
         end.record()
@@ -130,7 +130,7 @@ def capture(call: Call, draws: int) -> list[torch.cuda.CUDAGraph]:
 def _warm_on_side_stream(call: Call, draws: int) -> None:
     # Kernels, handles and workspaces are made per stream and must exist before capture. A call that
     # waits for the device is found here: a capture that fails half-way costs the allocator its order.
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(current)
     with torch.cuda.stream(side):
         for index in range(draws):

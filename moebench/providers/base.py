@@ -58,16 +58,22 @@ class Provider(Protocol):
     def version(self) -> str: ...
     def fingerprint(self) -> str:
         """Digest of whatever its answer and speed depend on; `--resume` requires the same."""
+
     def refuse(self, case: Case) -> str | None:
         """Why it cannot do the case, or None."""
+
     def interpreted(self, device_kind: str) -> bool:
         """Whether it only runs in an interpreter here: then it is verified on a reduced twin, never timed."""
+
     def prepare(self, weights: Weights, case: Case) -> Any:
         """Everything that is done once per layer, outside the timing."""
+
     def scope_inputs(self, state: Any, inputs: Inputs) -> Any:
         """What `run` takes for the case's scope; static buffers, made outside the timing."""
+
     def run(self, state: Any, inputs: Any) -> Any:
         """One call. Autograd must be able to follow it where `refuse` allows forward_backward."""
+
     def executed_flops(self, case: Case, counts: Tensor) -> float | None:
         """FLOPs really executed forward, padding included, given kept assignments per expert [E]."""
 
@@ -77,7 +83,8 @@ def activate(rows: Tensor, activation: str) -> Tensor:
     if activation in ("swiglu", "geglu"):
         gate, up = rows.chunk(2, dim=-1)
         return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * up
-    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](rows)
+    plain: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+    return plain[activation](rows)
 
 
 BUILT_ACTIVATIONS = ("swiglu", "geglu", "relu", "gelu", "silu")
@@ -109,7 +116,7 @@ class ExpertsProvider:
     """
 
     name: str
-    experts: ExpertsFn
+    experts: Callable[..., Any]
     version: str = f"torch {torch.__version__}"
     limits: Callable[[Case], str | None] = lambda case: None
     flops_executed: Callable[[Case, Tensor], float | None] | None = None
@@ -144,7 +151,7 @@ class ExpertsProvider:
             x, ids, gates, w_gate_up, w_down, activation=activation, slots=slots
         )
 
-    def scope_inputs(self, state: State, inputs: Inputs) -> Inputs:
+    def scope_inputs(self, state: State, inputs: Inputs) -> Any:
         return inputs
 
     def run(self, state: State, inputs: Inputs) -> Tensor:
@@ -252,7 +259,7 @@ class StagedProvider(ExpertsProvider):
     def gate(self, x: Tensor, router: Tensor, case: Case) -> tuple[Tensor, Tensor]:
         return self.steps.gate(x, router, case)
 
-    def scope_inputs(self, state: State, inputs: Inputs) -> Inputs | StageInputs:
+    def scope_inputs(self, state: State, inputs: Inputs) -> Any:
         scope, stages, weights = state.case.scope, self.steps, state.weights
         if scope not in STAGES:
             return inputs

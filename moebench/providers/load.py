@@ -24,7 +24,8 @@ def load(name: str) -> Provider:
         Unavailable: its library, file or function is missing, or its import fails.
     """
     if name in PROVIDERS:
-        return _attribute(name, PROVIDERS[name].target)
+        shipped: Provider = _attribute(name, PROVIDERS[name].target)
+        return shipped
     if is_file(name):
         return from_function(name, _function_in_file(name))
     targets = entry_points()
@@ -66,7 +67,7 @@ def _attribute(name: str, target: str) -> Any:
     module, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # noqa: BLE001 - whatever an import raises is the reason it is unavailable
+    except Exception as error:
         raise Unavailable(f"{name}: {type(error).__name__}: {_one_line(error)}") from error
 
 
@@ -83,7 +84,7 @@ def _function_in_file(name: str) -> Any:
     sys.path.insert(0, str(file.resolve().parent))  # as `python file.py` would, so that its neighbours import
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+    except Exception as error:
         raise Unavailable(f"{name}: {type(error).__name__}: {_one_line(error)}") from error
     if not hasattr(module, function):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]

@@ -25,9 +25,7 @@ def bmm_form(
     return torch_bmm.combine(torch_bmm.down_projection(hidden, w_down, plan), weights, plan)
 
 
-def grouped_form(
-    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str
-) -> Tensor:
+def grouped_form(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str) -> Tensor:
     """The torch-grouped experts: x [T, D] -> y [T, D]."""
     plan = torch_grouped.sort_plan(ids, w_down.shape[0])
     hidden = torch_grouped.up_projection(torch_grouped.permute(x, plan), w_gate_up, plan, activation)

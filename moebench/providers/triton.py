@@ -1,13 +1,16 @@
-"""triton: moebench's own kernels (kernels/moebench_kernels). On a CPU they run in Triton's interpreter: verified, never timed."""
+"""triton: moebench's own kernels (kernels/moebench_kernels).
+
+On a CPU they run in Triton's interpreter: verified, never timed.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import moebench_kernels as kernels
 import torch
 from torch import Tensor
 
+import moebench_kernels as kernels
 from moebench.providers.base import Case, StagedProvider, Stages, source_digest
 
 available, why = kernels.triton_available()
@@ -35,12 +38,14 @@ def plan(ids: Tensor, case: Case) -> kernels.Plan:
 
 def permute(x: Tensor, plan: kernels.Plan) -> Tensor:
     """x [T, D] -> rows [T*K, D]."""
-    return kernels.permute(x, plan)
+    rows: Tensor = kernels.permute(x, plan)
+    return rows
 
 
 def up_projection(rows: Tensor, w_gate_up: Tensor, plan: kernels.Plan, activation: str) -> Tensor:
     """rows [T*K, D] -> [T*K, F]."""
-    return kernels.up_projection(rows, w_gate_up, plan, activation=activation, permuted=True)
+    hidden: Tensor = kernels.up_projection(rows, w_gate_up, plan, activation=activation, permuted=True)
+    return hidden
 
 
 def row_experts(plan: kernels.Plan) -> Tensor:
@@ -51,8 +56,9 @@ def row_experts(plan: kernels.Plan) -> Tensor:
 
 def limits(case: Case) -> str | None:
     """What the kernels do not take."""
-    if case.layer.top_k > 64 or case.layer.routed_experts > 4096:
-        return f"the gate takes top_k <= 64 and at most 4096 experts, not {case.layer.top_k} of {case.layer.routed_experts}"
+    K, E = case.layer.top_k, case.layer.routed_experts
+    if K > 64 or E > 4096:
+        return f"the gate takes top_k <= 64 and at most 4096 experts, not {K} of {E}"
     return None
 
 

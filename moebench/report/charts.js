@@ -280,7 +280,7 @@ function drawRadar(plot) {
   });
   const polar = {
     bgcolor: "rgba(0,0,0,0)", gridshape: "linear",
-    radialaxis: { range: [0, high - low], tickmode: "array", tickvals: ticks.map((tick) => tick - low), ticktext: ticks.map((tick) => (tick < 0 ? `1/${2 ** -tick}` : `${2 ** tick}×`)), gridcolor: css("--line"), linecolor: "rgba(0,0,0,0)", tickfont: { size: 10.5 }, angle: 90, tickangle: 90 },
+    radialaxis: { range: [0, high - low + 0.25], tickmode: "array", tickvals: ticks.map((tick) => tick - low), ticktext: ticks.map((tick) => (tick < 0 ? `1/${2 ** -tick}` : `${2 ** tick}×`)), gridcolor: css("--line"), linecolor: "rgba(0,0,0,0)", tickfont: { size: 10.5 }, angle: 90, tickangle: 90 },
     angularaxis: { rotation: 90, direction: "clockwise", gridcolor: css("--line"), linecolor: css("--line"), tickfont: { size: 12.5, color: css("--ink") } },
   };
   plot.setAttribute("aria-label", `Radar against ${baseline}. ` + polygons.map(({ variant, ratios: own }) => `${variant}: ` + axes.map(({ name }, at) => `${name} ${own[at] === null ? "missing" : significant(own[at]) + " times"}`).join(", ")).join(". "));

@@ -12,7 +12,7 @@ class Column:
     Attributes:
         key: field of the row.
         title: heading.
-        kind: "text", "count", "time", "bytes", "number", "ratio", "percent" or "list".
+        kind: "text", "prose", "count", "time", "bytes", "number", "ratio", "percent" or "list".
         meaning: the heading's explanation.
         low, high: fields of its 95 % interval, if it has one.
         group: the name under which its absence is explained; "" where a constant or absent column needs no word.
@@ -48,12 +48,13 @@ COLUMNS = (
     Column("drop_rate", "Dropped", "percent", "Assignments dropped by the capacity rule"),
     Column("energy_j_per_token", "Energy", "number", "Joules per token entering one layer, gross", group="energy"),
     Column("usd_per_mtok", "Cost", "number", "US dollars per million tokens entering one layer", group="cost"),
+    Column("reason", "Reason", "prose", "Why the row is not measured"),
     Column("flags", "Flags", "list", "What a reader should know about how the number was made"),
 )  # fmt: skip
 
 # Shown when a row is opened, beside the columns above.
 DETAILS = (
-    "reason", "checked_on", "provider", "provider_version", "provider_hash", "role", "precision", "capacity_factor",
+    "checked_on", "provider", "provider_version", "provider_hash", "role", "precision", "capacity_factor",
     "layout", "n_devices", "device", "hidden_size", "expert_ffn_size", "routed_experts", "top_k", "shared_experts",
     "router", "traffic", "direction", "phase", "seed", "replicate", "timer", "wall_ms", "prepare_ms", "gbytes_per_s",
     "executed_flops", "limit_ms", "rel_error", "max_error", "load_max_over_mean", "active_experts", "energy_source",

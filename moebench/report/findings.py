@@ -10,7 +10,7 @@ import pandas as pd
 
 from moebench.analyse import Cap, Run, cap, default_baseline
 from moebench.analyse.numbers import significant
-from moebench.record import FAULTS, STATUSES, Manifest
+from moebench.record import FAULTS, GOOD, STATUSES, Manifest
 from moebench.report.columns import COLUMNS, FLAGS
 
 POLYGONS = 4
@@ -76,11 +76,16 @@ def counts(table: pd.DataFrame) -> list[tuple[str, int]]:
     return [(status, int(found[status])) for status in STATUSES if status in found]
 
 
-def troubles(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Statuses with a reason, grouped: faults first, then by how often."""
-    rows = table[table["reason"].notna() & ~table["status"].isin(["measured", "verified"])]
+def troubles(table: pd.DataFrame, shown: pd.DataFrame) -> list[dict[str, Any]]:
+    """Statuses with a reason, grouped: faults first, then by how often.
+
+    `anchor` leads to the first such row among those `shown` on the page; "" where none is.
+    """
+    rows = table[table["reason"].notna() & ~table["status"].isin(GOOD)]
+    rows = rows.assign(anchor=shown["anchor"].reindex(rows.index))
     grouped = rows.groupby(["status", "variant", "reason"], sort=False)
-    lines = grouped.agg(rows=("anchor", "size"), anchor=("anchor", "first")).reset_index()
+    lines = grouped.agg(rows=("status", "size"), anchor=("anchor", "first")).reset_index()
+    lines["anchor"] = lines["anchor"].astype(object).where(lines["anchor"].notna(), "")
     lines["fault"] = lines["status"].isin(FAULTS)
     worst = lines.sort_values(["fault", "rows"], ascending=False, kind="stable").head(REASONS)
     return [{str(name): value for name, value in line.items()} for line in worst.to_dict("records")]

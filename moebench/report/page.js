@@ -40,6 +40,7 @@ function written(value, kind) {
   if (value === null || value === undefined) return "—";
   if (Array.isArray(value)) return value.join(", ") || "—";
   if (typeof value === "boolean") return value ? "yes" : "no";
+  if (kind === "prose") return value;
   if (typeof value === "string" || kind === "text") return String(value).replaceAll("_", " ");
   if (WRITE[kind]) return WRITE[kind](value);
   const [size, name] = unit(value, kind);
@@ -79,11 +80,11 @@ document.getElementById("theme").addEventListener("click", () => {
 /* ---- the table ---- */
 const table = document.getElementById("table");
 const SAYS_SOMETHING = new Set(["variant", "tokens", "status", "latency_ms", "speedup"]);
-const LEFT = new Set(["text", "list"]);
+const LEFT = new Set(["text", "prose", "list"]);
 function worthShowing(column) {
   const packed = data.rows.columns[column.key];
   if (SAYS_SOMETHING.has(column.key)) return true;
-  if (!("all" in packed)) return true;
+  if (!("all" in packed) || (column.kind === "prose" && packed.all !== null)) return true;
   return packed.all !== null && !["text", "list"].includes(column.kind) && packed.all !== 0;
 }
 const columns = data.columns.filter(worthShowing);
@@ -128,9 +129,9 @@ function drawUpTo(count) {
 }
 function cell(column, row) {
   const value = field(column.key)[row];
-  const node = make("td", LEFT.has(column.kind) ? { class: "left" } : {});
+  const node = make("td", LEFT.has(column.kind) ? { class: `left ${column.kind}` } : {});
   const nothing = value === null || (Array.isArray(value) && !value.length);
-  node.append(nothing ? make("span", { class: "missing" }, column.kind === "list" ? "" : "—") : written(value, column.kind));
+  node.append(nothing ? make("span", { class: "missing" }, ["list", "prose"].includes(column.kind) ? "" : "—") : written(value, column.kind));
   const [low, high] = [column.low, column.high].map((key) => (key ? field(key)[row] : null));
   if (!nothing && low !== null && high !== null && low !== high) node.append(make("span", { class: "range" }, range(low, high, column.kind, value)));
   if (column.key === "status") node.firstChild.replaceWith(make("span", { class: `status ${data.faults.includes(value) ? "fault" : value}`, title: field("reason")[row] ?? "" }, written(value, "text")));

@@ -40,5 +40,6 @@ def impose_logits(x: Tensor, router: Tensor, logits: Tensor) -> Tensor:
         float64 [T, D].
     """
     W, x64 = router.double(), x.double()
-    correction = torch.linalg.solve(W @ W.T, (logits.double() - x64 @ W.T).T).T
-    return x64 + correction @ W
+    correction: Tensor = torch.linalg.solve(W @ W.T, (logits.double() - x64 @ W.T).T).T
+    moved: Tensor = x64 + correction @ W
+    return moved

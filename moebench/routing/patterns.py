@@ -14,7 +14,9 @@ from moebench.traffic import Traffic
 _ACTIVE_TOKEN_DRAWS = 4096
 
 
-def choose_experts(traffic: Traffic, tokens: int, top_k: int, routed_experts: int, generator: torch.Generator) -> Tensor:
+def choose_experts(
+    traffic: Traffic, tokens: int, top_k: int, routed_experts: int, generator: torch.Generator
+) -> Tensor:
     """K distinct experts for each token: int64 [T, K].
 
     `balanced`: each expert gets T*K/E assignments, rounded up or down. `uniform`: every set of K alike.
