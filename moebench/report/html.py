@@ -86,7 +86,7 @@ def render(runs: list[Run], *, baseline: str | None = None) -> str:
             data=embedded_json(data),
             plotly=_plotly(),
             style=_asset("page.css"),
-            scripts=[_asset("page.js"), _asset("charts.js")],
+            scripts=[_asset(name) for name in ("page.js", "marks.js", "charts.js")],
         )
     )
     return str(text)
