@@ -34,7 +34,7 @@ class SuiteError(ValueError):
     def __init__(self, faults: Iterable[str]) -> None:
         every = list(faults)
         kept = every[:MAX_FAULTS]
-        self.faults = kept + ([f"... and {len(every) - len(kept)} more"] if len(every) > len(kept) else [])
+        self.faults = kept + (["... and more"] if len(every) > len(kept) else [])
         super().__init__("\n".join(self.faults))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from moebench.axes import AXES, Value, axis, shown, typed
 from moebench.shape import NEEDED_BY_PLAIN, PLAIN
-from moebench.suite_file import SweepTable
+from moebench.suite_file import MAX_FAULTS, SweepTable
 from moebench.where import Clause, parse_where
 
 OVERRIDE = "--set"
@@ -184,6 +184,9 @@ def _repeated(values: Iterable[Value]) -> list[Value]:
 
 
 def _one(key: str, name: str, value: Any, faults: list[str]) -> Value | None:
+    """The value as its axis reads it; None where that is a fault, or there are more faults than are shown."""
+    if len(faults) > MAX_FAULTS:
+        return None
     try:
         return AXES[name].read(value)
     except ValueError as error:
