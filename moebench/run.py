@@ -23,11 +23,13 @@ from moebench.analyse.load import write_results
 from moebench.block_run import BlockRun, Settings, entries_of
 from moebench.catalogue.cost import cost_inputs
 from moebench.catalogue.hardware import Hardware, hardware_table, match
+from moebench.expand import VARIANT_DEFAULTS
 from moebench.failures import RunError
 from moebench.point import Block, digest
+from moebench.providers import is_file
 from moebench.record import FAULTS, GOOD, Manifest, Record
 from moebench.recording import Context, record_of, skipped
-from moebench.remote import Remote, Reply
+from moebench.remote import Remote, Reply, WorkerLost
 from moebench.run_directory import RunDirectory
 from moebench.suite import Suite, shard
 from moebench.work import BYTES_PER_WEIGHT
@@ -132,8 +134,8 @@ class _Run:
         manifest: Manifest | None = None
         try:
             try:
-                worker = self._start_worker()
-                manifest = self._manifest(before, worker)
+                self._start_worker()
+                manifest = self._manifest(before)
                 self.directory.write_manifest(manifest)
                 self.directory.results.unlink(missing_ok=True)  # a stale table would outlive the journal
                 left_out = self._measure_all(manifest)
@@ -216,26 +218,23 @@ class _Run:
 
     def _start_worker(self) -> Remote:
         self.worker = Remote(self.directory.log, {"PYTHONUNBUFFERED": "1"})
-        hello = self.worker.ask("hello", deadline_s=START_DEADLINE_S, device_kind=self.options.device)
+        try:
+            hello = self.worker.ask("hello", deadline_s=START_DEADLINE_S, device_kind=self.options.device)
+        except WorkerLost as lost:
+            raise RunError(f"the worker does not start: {lost.reason}; {self.directory.log} may say why") from None
         if "status" in hello:
             raise ValueError(f"--device {self.options.device}: {hello['reason'].partition(': ')[2]}")
         self.hello = hello
         return self.worker
 
-    def _manifest(self, before: Manifest | None, worker: Remote) -> Manifest:
+    def _manifest(self, before: Manifest | None) -> Manifest:
         device_kind = self.hello["device_kind"]
-        providers = {name: self._provider(worker, name) for name in _named(self.suite, "provider", device_kind)}
+        providers = {name: self._provider(name) for name in _named(self.suite, "provider", device_kind)}
         if before is not None:
             self._require_same(before, providers)
             return before.model_copy(update={"sessions": before.sessions + 1, "finished": None, "finished_at": None})
         hardware = match(self.hello["device"], self.table)
         started = _now()
-        ceilings = None
-        if not self.options.check_only:
-            precisions = _named(self.suite, "precision", device_kind)
-            seconds = min(2.0, self.suite.budget.seconds_per_point)
-            found = worker.ask("ceilings", deadline_s=START_DEADLINE_S, precisions=precisions, seconds=seconds)
-            ceilings = None if "status" in found else found
         return Manifest(
             run_id=hashlib.sha256(f"{started}{os.getpid()}{self.options.out}".encode()).hexdigest()[:12],
             suite=self.suite.name,
@@ -249,7 +248,7 @@ class _Run:
             device_kind=device_kind,
             versions={"moebench": __version__, **self.hello["versions"]},
             machine={**self.hello["machine"], "cache_bytes": self.hello["cache_bytes"]},
-            ceilings=ceilings,
+            ceilings=None if self.options.check_only else self._ceilings(),
             hardware=None if hardware is None else dict(vars(hardware)),
             cost=cost_inputs(hardware),
             providers=providers,
@@ -257,13 +256,22 @@ class _Run:
             started_at=started,
         )
 
-    def _provider(self, worker: Remote, name: str) -> dict[str, Any]:
-        # Loading runs the provider's code, which may end or hang the worker.
-        from moebench.providers import is_file
-        from moebench.remote import WorkerLost
-
+    def _ceilings(self) -> Reply | None:
+        assert self.worker is not None
+        precisions = _named(self.suite, "precision", self.hello["device_kind"])
+        seconds = min(2.0, self.suite.budget.seconds_per_point)
         try:
-            found = (self.worker or worker).ask("provider", deadline_s=self.suite.budget.deadline_seconds, name=name)
+            found = self.worker.ask("ceilings", deadline_s=START_DEADLINE_S, precisions=precisions, seconds=seconds)
+        except WorkerLost:
+            self._start_worker()
+            return None
+        return None if "status" in found else found
+
+    def _provider(self, name: str) -> dict[str, Any]:
+        assert self.worker is not None
+        try:
+            # Loading runs the provider's code, which may end or hang the worker.
+            found = self.worker.ask("provider", deadline_s=self.suite.budget.deadline_seconds, name=name)
         except WorkerLost as lost:
             self._start_worker()
             return {"unavailable": f"loading it: {lost.reason}"}
@@ -325,9 +333,10 @@ def _split_for_memory(block: Block, available_bytes: int) -> list[Block]:
 
 
 def _named(suite: Suite, axis: str, device_kind: str) -> list[str]:
-    """The values of a variant axis that a suite names for a device, in order."""
+    """The values of a variant axis that a suite has on a device, in order; where a sweep names none, its default."""
+    default = VARIANT_DEFAULTS.get(axis, "")
     sweeps = [sweep for sweep in suite.sweeps if sweep.device in (None, device_kind)]
-    return list(dict.fromkeys(str(value) for sweep in sweeps for value in sorted(map(str, sweep.values(axis)))))
+    return list(dict.fromkeys(value for sweep in sweeps for value in sorted(map(str, sweep.values(axis) or [default]))))
 
 
 def _state(facts: dict[str, Any]) -> str:
