@@ -70,7 +70,7 @@ class Remote:
             raise WorkerLost("timeout", f"{do}: no answer within {deadline_s:.0f} s") from None
         except OSError:
             line = ""
-        if not line:
+        if not line.endswith("\n"):  # the end of the pipe, or a reply that death has cut
             raise self._obituary(do)
         reply: Reply = json.loads(line)
         return reply
