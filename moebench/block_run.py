@@ -228,7 +228,7 @@ class BlockRun:
             self._ask(entry, "drop")
 
     def _sample(self, timed: list[Entry]) -> None:
-        self._asked = None
+        # Whoever ran last is blamed when the worker dies while its state is read: a death costs one point, not all.
         self.worker.ask("state_begin", deadline_s=self._deadline_s())
         for number in range(MAX_ROUNDS):
             running = [entry for entry in timed if entry.live and not self._done(entry, number)]
@@ -237,7 +237,6 @@ class BlockRun:
             self._random.shuffle(running)
             for entry in running:
                 self._burst(entry, number)
-        self._asked = None
         self.state_flags = self.worker.ask("state_end", deadline_s=self._deadline_s()).get("flags", [])
         for entry in timed:
             if entry.live:
