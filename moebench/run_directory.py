@@ -44,7 +44,7 @@ class RunDirectory:
             RunDirectoryError: it holds something else, is in use, or cannot be written.
         """
         self._make()
-        if not resume and any(self.path.iterdir()):
+        if not resume and not all(self._is_leftover(entry.name) for entry in self.path.iterdir()):
             hint = "use --resume to go on with it, or another --out" if self._is_run() else "choose another --out"
             raise RunDirectoryError(f"{self.path} exists and is not empty; {hint}")
         with self._lock():
@@ -81,6 +81,11 @@ class RunDirectory:
     @staticmethod
     def _is_own(name: str) -> bool:
         return name in OWN_FILES or name.endswith(".partial")
+
+    @staticmethod
+    def _is_leftover(name: str) -> bool:
+        """Whether a run that was refused before it had a manifest leaves such a file; it holds nothing to lose."""
+        return name in (LOCK, LOG) or name.endswith(".partial")
 
     def _read_manifest(self) -> Manifest:
         try:
