@@ -32,6 +32,8 @@ class Commands(click.Group):
             _fail(str(error), 1)
         except ValueError as error:
             _fail(str(error), 2)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
         except BrokenPipeError:
             sys.stderr.close()  # `moebench list models | head`: nobody listens any more
             sys.exit(0)
