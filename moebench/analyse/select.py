@@ -23,7 +23,11 @@ def pareto(table: pd.DataFrame, x: str, y: str) -> pd.Series:
         bool on the table's index; rows without both numbers, and yardsticks, are never on a front.
     """
     known = (table["role"] == "arm") & table[x].notna() & table[y].notna()
-    rows = table.loc[known, ["problem", "scope", x, y]].sort_values(["problem", "scope", x, y])
+    rows = (
+        table.loc[known, ["problem", "scope", x, y]]
+        .astype({x: float, y: float})
+        .sort_values(["problem", "scope", x, y])
+    )
     groups = [rows["problem"], rows["scope"]]
     best_before = rows[y].groupby(groups).cummin().groupby(groups).shift(fill_value=np.inf)
     twin = rows.duplicated(["problem", "scope", x, y])

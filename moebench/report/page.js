@@ -133,7 +133,7 @@ function cell(column, row) {
   const nothing = value === null || (Array.isArray(value) && !value.length);
   node.append(nothing ? make("span", { class: "missing" }, ["list", "prose"].includes(column.kind) ? "" : "—") : written(value, column.kind));
   const [low, high] = [column.low, column.high].map((key) => (key ? field(key)[row] : null));
-  if (!nothing && low !== null && high !== null && low !== high) node.append(make("span", { class: "range" }, range(low, high, column.kind, value)));
+  if (!nothing && low !== null && high !== null && low !== high) node.append(" ", make("span", { class: "range" }, range(low, high, column.kind, value)));
   if (column.key === "status") node.firstChild.replaceWith(make("span", { class: `status ${data.faults.includes(value) ? "fault" : value}`, title: field("reason")[row] ?? "" }, written(value, "text")));
   return node;
 }

@@ -2,7 +2,7 @@
 
 import pandas as pd
 from analyse.tables import record, table
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from report.synthetic import make_run
 
@@ -11,6 +11,7 @@ from moebench.analyse import fronts, load_run, name_rows, pareto, telling_rows
 GRID = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.sampled_from("ab")), min_size=1, max_size=20)
 
 
+@settings(max_examples=60, deadline=None)
 @given(GRID)
 def test_front_is_what_nothing_dominates(points):
     rows = pd.DataFrame(points, columns=["x", "y", "problem"]).astype({"x": float, "y": float})

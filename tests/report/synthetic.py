@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from moebench.analyse import write_results
 from moebench.point import STAGES
@@ -42,7 +45,7 @@ def make_run(
     journal: bool = False,
     records: int | None = None,
 ) -> Path:
-    """Write a run directory like `quick` would; with `records`, grow it to that many rows."""
+    """Write a run directory like `quick` would; with `records`, that many rows, under ever other traffic."""
     directory.mkdir(parents=True, exist_ok=True)
     options = {"rounds": rounds, "stages": stages, "priced": priced, "hostile": hostile, "run_id": run_id}
     stream = _records(tokens, models, precisions, np.random.default_rng(seed), options, records)
@@ -53,6 +56,22 @@ def make_run(
     manifest = make_manifest(run_id, hostile=hostile, priced=priced)
     (directory / "manifest.json").write_text(manifest.model_dump_json())
     return directory
+
+
+def grow(directory: Path, records: int) -> Path:
+    """Repeat the rows of a run until there are `records`, each copy under traffic and ids of its own."""
+    path = directory / "results.parquet"
+    table = pq.read_table(path)
+    copies = [_renamed(table, copy) for copy in range(-(-records // len(table)))]
+    pq.write_table(pa.concat_tables(copies).slice(0, records), path)
+    return directory
+
+
+def _renamed(table: pa.Table, copy: int) -> pa.Table:
+    for name in ("block_id", "point_id", "traffic"):
+        values = pc.binary_join_element_wise(table[name], str(copy), "-")
+        table = table.set_column(table.column_names.index(name), table.schema.field(name), values)
+    return table
 
 
 def make_manifest(run_id: str = "r1", *, hostile: bool = False, priced: bool = False) -> Manifest:
