@@ -59,7 +59,7 @@ def compile_one(build: Build) -> dict[str, Any]:
     Without that the loads are narrow, nothing is pipelined, and shared memory looks smaller than it is.
     """
     names = build.kernel.arg_names
-    constants = build.constants | dict.fromkeys(build.ones, 1)
+    constants = build.constants | {name: 1 for name in build.ones if name in names}
     signature = {}
     for name in names:
         if name in constants:
@@ -91,7 +91,8 @@ def registers(cubin: bytes) -> int:
 
 def label(build: Build) -> dict[str, Any]:
     """What identifies a build."""
-    return {"name": build.name, "dtype": build.dtype, "capability": build.capability}
+    size_one = "n_rows" in build.ones or "T" in build.ones
+    return {"name": build.name, "dtype": build.dtype, "capability": build.capability, "size_one": size_one}
 
 
 def gemm(
@@ -119,7 +120,7 @@ def ragged(dtype: str, capability: int) -> Build:
     return Build("ragged", _ragged_gemm_kernel, dtype, capability, constants, c.num_warps, c.num_stages)
 
 
-def small(dtype: str, capability: int) -> list[Build]:
+def small(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build]:
     """Everything that is no GEMM, at D = 2048, F = 1024, E = 64, K = 8."""
     g, p, m = gate_config(64), CONFIG, permute_config(2048)
     c, a = combine_config(2048), activation_config(1024)
@@ -141,7 +142,9 @@ def small(dtype: str, capability: int) -> list[Build]:
         ("combine backward", _combine_backward_kernel, rows | {"BLOCK_R": c.block_t}),
         ("activation backward", _activation_backward_kernel, slopes),
     ]
-    return [Build(name, kernel, dtype, capability, more, floats=("scale",)) for name, kernel, more in kernels]
+    return [
+        Build(name, kernel, dtype, capability, more, floats=("scale",), ones=ones) for name, kernel, more in kernels
+    ]
 
 
 def builds() -> list[Build]:
@@ -155,7 +158,7 @@ def builds() -> list[Build]:
         gemm("fp32", 80, 512, "gelu", True), gemm("fp32", 90, 512, "none", False), gemm("fp32", 90, 8, "silu", True),
         gemm("fp32", 80, 8, "none", False, ones), gemm("fp32", 80, 8, "silu", True, ones),
         ragged("bf16", 90), ragged("fp16", 80), ragged("fp32", 80),
-        *small("bf16", 90), *small("fp32", 80),
+        *small("bf16", 90), *small("fp32", 80), *small("fp16", 80, ("T", "D", "F", "E", "n", "n_rows", "n_blocks")),
     ]  # fmt: skip
 
 
