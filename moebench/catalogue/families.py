@@ -57,6 +57,7 @@ REFUSED = {
     "inkling2": "its experts cap their gate and up values",
     "muse_spark": "its experts run in a narrower space behind a projection",
     "qwen4_exp": "its layers join through hyper-connections with extra embeddings",
+    "step3p5": "its activation is clamped differently from layer to layer",
     "step3p7": "its activation is clamped differently from layer to layer",
     "vitpose_backbone": "its experts are chosen by data set, not by token",
     "zaya": "its router is a network with state, and may skip the experts",

@@ -37,6 +37,13 @@ def test_mixtral_by_hand() -> None:
     assert row["missing"] is None
 
 
+def test_what_is_of_the_model_sums_over_its_kinds() -> None:
+    stage3, stage4 = describe("swin-moe-s-64")
+    expected = 9 * stage3["flops_per_token"] + stage4["flops_per_token"]
+    assert stage3["moe_flops_per_token"] == stage4["moe_flops_per_token"] == expected
+    assert stage3["moe_bytes_bf16"] == 2 * (9 * stage3["layer_params"] + stage4["layer_params"])
+
+
 def test_more_tokens_touch_more_experts() -> None:
     one, many = describe("mixtral-8x7b", 1)[0], describe("mixtral-8x7b", 64)[0]
     assert one["expected_active_experts"] == pytest.approx(2)

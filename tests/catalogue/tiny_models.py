@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,7 +117,7 @@ def other_sizes(model_type: str) -> dict[str, Any]:
 
 SHARED_SIZES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"shared_expert_intermediate_size": 640, "mlp_only_layers": [0, 3], "qkv_bias": False},
-    "qwen3_moe": {"decoder_sparse_step": 2, "tie_word_embeddings": True, "attention_bias": True},
+    "qwen3_moe": {"decoder_sparse_step": 4, "tie_word_embeddings": True, "attention_bias": True},
     "qwen3_next": {"shared_expert_intermediate_size": 640, "linear_num_key_heads": 8, "linear_value_head_dim": 64},
     "granitemoeshared": {"shared_intermediate_size": 640},
     "granitemoehybrid": {"shared_intermediate_size": 640, "mamba_n_heads": 60, "mamba_d_head": 32},
@@ -144,17 +146,19 @@ SHARED_SIZES: dict[str, dict[str, Any]] = {
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num")
 
 
-def families_with_experts() -> list[str]:
-    """model_types of transformers' top-level configs that count experts, themselves or in a part of theirs."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+def families_with_experts() -> set[str]:
+    """model_types of transformers' config classes that count experts, read from their source: no import of hundreds."""
+    import transformers
 
-    found = []
-    for model_type in MODEL_MAPPING_NAMES:
-        try:
-            config = CONFIG_MAPPING[model_type]()
-        except (KeyError, TypeError, ValueError, AttributeError, ImportError):
-            continue
-        if any(f'"{key}"' in config.to_json_string(use_diff=False) for key in EXPERT_KEYS):
-            found.append(model_type)
+    found = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/configuration_*.py"):
+        source = path.read_text(encoding="utf-8")
+        if any(key in source for key in EXPERT_KEYS):
+            found |= {_model_type(node) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)} - {None}
     return found
+
+
+def _model_type(node: ast.ClassDef) -> str | None:
+    counts = any(isinstance(s, ast.AnnAssign) and ast.unparse(s.target) in EXPERT_KEYS for s in node.body)
+    named = [s.value for s in node.body if isinstance(s, ast.Assign) and ast.unparse(s.targets[0]) == "model_type"]
+    return ast.literal_eval(named[0]) if counts and named else None
