@@ -90,7 +90,7 @@ function worthShowing(column) {
 const columns = data.columns.filter(worthShowing);
 const selects = [["model", "Model"], ["provider", "Provider"], ["tokens", "Tokens"], ["precision", "Precision"], ["scope", "Scope"],
   ["direction", "Direction"], ["status", "Status"], ["role", "Role"]];
-const state = { key: null, ascending: true, order: allRows, drawn: 0, open: new Set() };
+const state = { key: null, ascending: true, order: allRows, from: 0, drawn: 0, target: null };
 let searchable = null;
 
 function compare(key, ascending) {
@@ -117,10 +117,25 @@ function filtered() {
 function refresh() {
   const rows = filtered();
   state.order = state.key ? rows.sort(compare(state.key, state.ascending)) : rows;
-  state.drawn = 0;
-  table.tBodies[0].replaceChildren();
-  drawUpTo(CHUNK);
+  drawFrom(0);
   document.getElementById("count").textContent = `${rows.length.toLocaleString("en-US")} of ${data.rows.n.toLocaleString("en-US")} rows`;
+}
+/** Start the drawn window at that place of the order; a row before it leads to the earlier ones. */
+function drawFrom(start) {
+  state.from = state.drawn = start;
+  table.tBodies[0].replaceChildren();
+  drawUpTo(start + CHUNK);
+  if (start) table.tBodies[0].prepend(earlierRow());
+}
+function earlierRow() {
+  const button = make("button", { class: "linkish", type: "button" }, `Show ${Math.min(CHUNK, state.from)} of ${state.from.toLocaleString("en-US")} earlier rows`);
+  button.addEventListener("click", () => {
+    const start = Math.max(0, state.from - CHUNK);
+    const fresh = state.order.slice(start, state.from).map(drawRow);
+    state.from = start;
+    table.tBodies[0].firstChild.replaceWith(...(start ? [earlierRow()] : []), ...fresh);
+  });
+  return make("tr", { class: "earlier" }, make("td", { colspan: columns.length }, button));
 }
 function drawUpTo(count) {
   const fresh = state.order.slice(state.drawn, count);
@@ -204,7 +219,8 @@ function goToTarget() {
   if (row < 0) return;
   if (!state.order.includes(row)) clearFilters();
   state.target = row;
-  drawUpTo(state.order.indexOf(row) + 30);
+  const place = state.order.indexOf(row);
+  if (place < state.from || place >= state.drawn) drawFrom(Math.max(0, place - 30));
   for (const line of table.querySelectorAll("tr.target")) line.classList.remove("target");
   const line = document.getElementById(id);
   line.classList.add("target");
