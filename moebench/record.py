@@ -200,20 +200,22 @@ class Journal:
         return list(records.values())
 
     def append(self, records: list[Record]) -> None:
-        """Write the records of one block durably, in one write, after the last whole line."""
+        """Write the records of one block durably, all or none, after the last whole line."""
         if not records:
             return
         text = "".join(record.model_dump_json() + "\n" for record in records)
-        with self.path.open("ab") as file:
+        # Unbuffered: a buffer that could not be written would be tried again on closing, behind what is taken back.
+        with self.path.open("ab", buffering=0) as file:
             start = self._end_of_whole_lines()
             file.truncate(start)
             try:
-                file.write(text.encode())
-                file.flush()
+                left = memoryview(text.encode())
+                while left:
+                    left = left[file.write(left) :]
                 os.fsync(file.fileno())
             except OSError:
                 # A full disk can leave half a block: take it back, so that the journal stays whole.
-                os.truncate(self.path, start)
+                file.truncate(start)
                 raise
 
     def _end_of_whole_lines(self) -> int:
