@@ -14,11 +14,14 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 
 
-def check_tensor(name: str, tensor: Any, shape: Sequence[int | str], dtypes: Sequence[torch.dtype]) -> None:
-    """Raise unless `tensor` is contiguous, of one of `dtypes`, and of `shape`.
+def check_tensor(
+    name: str, tensor: Any, shape: Sequence[int | str], dtypes: Sequence[torch.dtype], *, strided: bool = False
+) -> None:
+    """Raise unless `tensor` is of one of `dtypes`, of `shape`, and contiguous.
 
     Args:
         shape: a number where the size is fixed, a letter where it is free but at least 1; "T" may be 0.
+        strided: any strides will do (for [T, K] tensors, which are cheap to copy).
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -33,7 +36,7 @@ def check_tensor(name: str, tensor: Any, shape: Sequence[int | str], dtypes: Seq
     fits = len(found) == len(shape) and all(_fits(size, want) for size, want in zip(found, shape, strict=True))
     if not fits:
         raise ValueError(f"{name} has shape {found}; needed: [{', '.join(map(str, shape))}]")
-    if not tensor.is_contiguous():
+    if not strided and not tensor.is_contiguous():
         raise ValueError(f"{name} has strides {tuple(tensor.stride())}; it must be contiguous (call .contiguous())")
 
 

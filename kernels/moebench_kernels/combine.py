@@ -131,7 +131,7 @@ def combine(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
 
     Args:
         rows: [T*K, D], float32, float16 or bfloat16, contiguous, in the plan's order.
-        weights: float32 [T, K]; those of dropped assignments are not read.
+        weights: float32 [T, K]; any strides; those of dropped assignments are not read.
         plan: of these T tokens.
 
     Returns:
@@ -143,6 +143,6 @@ def combine(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     Source: Shazeer 2017, arXiv 1701.06538, eq. 1.
     """
     check_tensor("rows", rows, (plan.n_rows, "D"), FLOATS)
-    check_tensor("weights", weights, tuple(plan.token2row.shape), (torch.float32,))
+    check_tensor("weights", weights, tuple(plan.token2row.shape), (torch.float32,), strided=True)
     check_launch(rows=rows, weights=weights, plan=plan.counts)
-    return _Combine.apply(rows, weights, plan)
+    return _Combine.apply(rows, weights.contiguous(), plan)

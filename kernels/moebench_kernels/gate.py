@@ -51,7 +51,7 @@ def topk_gate_torch(
         weights = torch.softmax(z.gather(1, ids), dim=-1)
     else:
         weights = torch.softmax(z, dim=-1).gather(1, ids)
-    return ids.int(), weights * scale
+    return ids.int().contiguous(), weights * scale
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ def moe_layer(
 
     Args:
         x: [T, D], float32, float16 or bfloat16, contiguous; T may be 0.
-        ids: int32 or int64 [T, K]; outside 0..E-1 (say -1): dropped.
-        weights: float32 [T, K].
+        ids: int32 or int64 [T, K]; outside 0..E-1 (say -1): dropped. Any strides.
+        weights: float32 [T, K]. Any strides.
         w_gate_up: of x's dtype; [E, 2F, D], gate rows first, for "swiglu" and "geglu"; [E, F, D] for the others.
         w_down: [E, D, F], x's dtype.
         activation: "swiglu", "geglu", "relu", "gelu" (erf) or "silu".
@@ -96,12 +96,12 @@ def moe_layer(
     check_choice("activation", activation, ACTIVATIONS)
     check_tensor("x", x, ("T", "D"), FLOATS)
     T, D = x.shape
-    check_tensor("ids", ids, (T, "K"), INTEGERS)
-    check_tensor("weights", weights, tuple(ids.shape), (torch.float32,))
+    check_tensor("ids", ids, (T, "K"), INTEGERS, strided=True)
+    check_tensor("weights", weights, tuple(ids.shape), (torch.float32,), strided=True)
     check_gate_up(w_gate_up, "E", D, activation)
     E, F = w_gate_up.shape[0], w_gate_up.shape[1] // input_maps(activation)
     check_tensor("w_down", w_down, (E, D, F), FLOATS)
     check_same_dtype(x=x, w_gate_up=w_gate_up, w_down=w_down)
     check_launch(x=x, ids=ids, weights=weights, w_gate_up=w_gate_up, w_down=w_down)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, w_gate_up, w_down))
-    return _MoELayer.apply(x, weights, w_gate_up, w_down, routing_plan(ids, E), activation, keep)
+    return _MoELayer.apply(x, weights.contiguous(), w_gate_up, w_down, routing_plan(ids, E), activation, keep)

@@ -163,6 +163,7 @@ def routing_plan(ids: Tensor, n_experts: int) -> Plan:
 
     Args:
         ids: int32 or int64 [T, K]; -1, and any id outside 0..E-1, is a dropped assignment. T may be 0; T*K < 2**31.
+            Any strides.
         n_experts: E >= 1.
 
     Returns:
@@ -174,9 +175,9 @@ def routing_plan(ids: Tensor, n_experts: int) -> Plan:
     Source: counting sort as in Knuth, TAOCP vol. 3, 5.2 algorithm D, over blocks.
     """
     _check_n_experts(n_experts)
-    check_tensor("ids", ids, ("T", "K"), INTEGERS)
+    check_tensor("ids", ids, ("T", "K"), INTEGERS, strided=True)
     check_launch(ids=ids)
-    n = ids.numel()
+    ids, n = ids.contiguous(), ids.numel()
     if n >= 2**31 - CONFIG.block_a:
         raise ValueError(f"ids has {n} assignments; fewer than 2**31 - {CONFIG.block_a} are supported")
     n_blocks = cdiv(n, CONFIG.block_a)

@@ -112,6 +112,22 @@ def test_stages_make_the_layer(device: torch.device) -> None:
         assert_close(name, one.grad, other.grad, 4e-6)
 
 
+def test_strided_ids_and_weights(device: torch.device) -> None:
+    """Slices of a sort, as routers make them; the answer is that of their copies."""
+    ids, (x, _, w_gate_up, w_down) = tensors(9, 3, 2, 17, 8, "swiglu", 0.0)
+    full = torch.stack([ids, ids.flip(0)], dim=2).to(device)
+    gates = torch.rand(9, 5, device=device).requires_grad_()
+    x, w_gate_up, w_down = (tensor.to(device) for tensor in (x, w_gate_up, w_down))
+    y = moe_layer(x, full[:, :, 0], gates[:, 1:3], w_gate_up, w_down)
+    y.sum().backward()
+    assert torch.equal(y, moe_layer(x, ids.to(device), gates[:, 1:3].contiguous(), w_gate_up, w_down))
+    plan = routing_plan(full[:, :, 0], 3)
+    rows = down_projection(up_projection(x, w_gate_up, plan), w_down, plan)
+    assert torch.equal(y, combine(rows, gates[:, 1:3], plan))
+    assert (gates.grad[:, 1:3] != 0).all()
+    assert (gates.grad[:, [0, 3, 4]] == 0).all()
+
+
 def test_only_what_is_asked_for(device: torch.device) -> None:
     """Each gradient alone, the others' tensors frozen."""
     ids, values = tensors(9, 3, 2, 17, 8, "swiglu", 0.0)
