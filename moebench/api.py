@@ -46,5 +46,5 @@ def reference(function: Callable[..., Any]) -> str:
     name = getattr(function, "__qualname__", type(function).__name__)
     source = inspect.getsourcefile(function) if inspect.isfunction(function) else None
     if source is None or not name.isidentifier() or not Path(source).is_file():
-        raise ValueError(f"provider {name}: a function at the top level of a .py file is needed, so a worker can import it")
+        raise ValueError(f"provider {name} is no function at the top level of a .py file, which a worker could import")
     return f"{source}:{name}"

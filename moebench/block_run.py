@@ -40,12 +40,14 @@ class Entry:
     """What has become of one arm so far.
 
     Attributes:
+        point_id: unique in a run; a yardstick's is its block's own, since every block has the same ones.
         status: set once it is out of the race, with its reason.
         facts, verdict, warmth: replies of the worker to arm, check and warm.
     """
 
     index: int
     point: Point
+    point_id: str
     role: str
     status: str | None = None
     reason: str | None = None
@@ -102,10 +104,15 @@ class Settings:
 
 def entries_of(block: Block, *, yardsticks: bool) -> list[Entry]:
     """The block's arms, and the yardsticks that go with every block (gemm once for each precision)."""
-    points = [(point, "yardstick" if point.variant.provider == "dense-ffn" else "arm") for point in block.points()]
-    if yardsticks:
-        points += [(Point(block.problem, variant), "yardstick") for variant in yardstick_variants(block)]
-    return [Entry(index, point, role) for index, (point, role) in enumerate(points)]
+    arms = [
+        Entry(index, point, digest(point), "yardstick" if point.variant.provider == "dense-ffn" else "arm")
+        for index, point in enumerate(block.points())
+    ]
+    added = [Point(block.problem, variant) for variant in yardstick_variants(block)] if yardsticks else []
+    return arms + [
+        Entry(index, point, digest([digest(block), plain(point.variant)]), "yardstick")
+        for index, point in enumerate(added, len(arms))
+    ]
 
 
 def yardstick_variants(block: Block) -> list[Variant]:

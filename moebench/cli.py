@@ -157,7 +157,7 @@ def _run(suite: Suite, options: Options, *, report: bool, as_json: bool) -> None
 def _write_report(outcome: Outcome) -> Path | None:
     if not (outcome.path / "results.parquet").exists():
         return None
-    from moebench.report import write_report
+    from moebench.report.html import write_report
 
     return write_report([outcome.path], outcome.path / "report.html")
 
@@ -263,13 +263,17 @@ def report(
       moebench report moebench-runs/quick-20260101-120000
       moebench report run1 run2 --out both.html --figures figures
     """
-    from moebench.report import write_figures, write_markdown, write_report
+    from moebench.report.html import write_report
 
     click.echo(write_report(runs, out or runs[0] / "report.html", baseline=baseline))
     if figures is not None:
+        from moebench.report.figures import write_figures
+
         for path in write_figures(runs, figures):
             click.echo(path)
     if markdown is not None:
+        from moebench.report.markdown import write_markdown
+
         click.echo(write_markdown(runs, markdown))
 
 

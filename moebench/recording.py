@@ -10,7 +10,7 @@ from moebench.block_run import Entry, work_of
 from moebench.catalogue.hardware import Hardware
 from moebench.derive import cost, limit_ms, performance
 from moebench.measure.latency import median_interval
-from moebench.point import DROPLESS, YARDSTICKS, Block, Point, digest
+from moebench.point import DROPLESS, YARDSTICKS, Block, digest
 from moebench.record import Record
 from moebench.work import BYTES_PER_WEIGHT
 
@@ -44,9 +44,10 @@ def record_of(entry: Entry, block: Block, context: Context, state_flags: list[st
     return Record(**(_identity(entry, block, context) | _routing(entry) | _errors(entry) | outcome))
 
 
-def skipped(point: Point, role: str, block: Block, context: Context, reason: str) -> Record:
-    """The Record of a point that was not reached."""
-    return record_of(Entry(0, point, role, "skipped", reason), block, context, [])
+def skipped(entry: Entry, block: Block, context: Context, reason: str) -> Record:
+    """The Record of an entry that was not reached."""
+    entry.fail("skipped", reason)
+    return record_of(entry, block, context, [])
 
 
 def _identity(entry: Entry, block: Block, context: Context) -> dict[str, Any]:
@@ -54,8 +55,8 @@ def _identity(entry: Entry, block: Block, context: Context) -> dict[str, Any]:
     provider = context.providers.get(variant.provider, {})
     return {
         "run_id": context.run_id,
-        "block_id": digest(problem),
-        "point_id": digest(entry.point),
+        "block_id": digest(block),
+        "point_id": entry.point_id,
         "suite": context.suite,
         "model": problem.model,
         "provider": variant.provider,

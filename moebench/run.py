@@ -168,7 +168,7 @@ class _Run:
                 self._start_worker()
             context = replace(self._context(manifest), replicate=replicate)
             for block in self._blocks():
-                if all((digest(entry.point), replicate) in done for entry in self._entries(block)):
+                if all((entry.point_id, replicate) in done for entry in self._entries(block)):
                     continue
                 if time.monotonic() > deadline:
                     return True
@@ -206,8 +206,8 @@ class _Run:
             context = replace(self._context(manifest), replicate=replicate)
             for block in self._blocks():
                 for entry in self._entries(block):
-                    if (digest(entry.point), replicate) not in done:
-                        yield skipped(entry.point, entry.role, block, context, reason)
+                    if (entry.point_id, replicate) not in done:
+                        yield skipped(entry, block, context, reason)
 
     def _blocks(self) -> Iterator[Block]:
         blocks = shard(self.suite.blocks(self.hello["device_kind"]), *self.options.shard)
