@@ -187,6 +187,16 @@ def test_granularity_keeps_active_parameters(tmp_path):
     assert len({each.top_k * each.expert_params() for each in layers}) == 1
 
 
+def test_two_ways_to_one_layer_are_one_problem(tmp_path):
+    grid = GRID | {"experts": [4, 8], "top_k": [1, 2], "expert_ffn_size": [8, 16], "granularity": [1, 2]}
+    suite = load_suite([write(tmp_path, [{"grid": grid}])])
+    found = [block.problem for block in suite.blocks("cpu")]
+    assert (
+        len(found) == len(set(found)) == 15
+    )  # 4 experts, 1 pick, width 16, split in two = 8 experts, 2 picks, width 8
+    assert suite.count("cpu") == (15, 15)
+
+
 def problems(tmp_path, grid):
     suite = load_suite([write(tmp_path, [{"grid": {"tokens": 1, "provider": "torch-loop"} | grid}])])
     return [block.problem for block in suite.blocks("cpu")]
