@@ -11,6 +11,7 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -296,6 +297,17 @@ class StagedProvider(ExpertsProvider):
 
 def source_digest(function: Callable[..., Any], *more: str) -> str:
     """16 hex digits of the source file that defines a function, and of further text."""
-    source = inspect.getsourcefile(inspect.unwrap(function))
+    source = _source_file(function)
     text = Path(source).read_bytes() if source else b""
     return hashlib.sha256(text + "\0".join(more).encode()).hexdigest()[:16]
+
+
+def _source_file(function: Any) -> str | None:
+    """Of a function, a partial of one, or a callable object; None for what has no Python source."""
+    while isinstance(function, partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    try:
+        return inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
+    except TypeError:
+        return None

@@ -45,6 +45,7 @@ class DenseFFN(ExpertsProvider):
 
     def run(self, state: State, inputs: Inputs) -> Tensor:
         weights, layer = state.weights, state.case.layer
+        weights.w_gate_up.grad = weights.w_down.grad = None  # its own leaves: the harness clears the layer's only
         y = ffn(inputs.x, weights.w_gate_up, weights.w_down, layer.activation)
         return add_shared(y, inputs.x, weights, layer) if state.case.scope == "layer" else y
 

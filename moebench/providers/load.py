@@ -67,7 +67,7 @@ def _attribute(name: str, target: str) -> Any:
     module, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Unavailable(f"{name}: {type(error).__name__}: {_one_line(error)}") from error
 
 
@@ -84,7 +84,7 @@ def _function_in_file(name: str) -> Any:
     sys.path.insert(0, str(file.resolve().parent))  # as `python file.py` would, so that its neighbours import
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that is a script may parse arguments, or exit
         raise Unavailable(f"{name}: {type(error).__name__}: {_one_line(error)}") from error
     if not hasattr(module, function):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]

@@ -25,9 +25,11 @@ def bmm_form(
     return torch_bmm.combine(torch_bmm.down_projection(hidden, w_down, plan), weights, plan)
 
 
-def grouped_form(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str) -> Tensor:
+def grouped_form(
+    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str, drops: bool
+) -> Tensor:
     """The torch-grouped experts: x [T, D] -> y [T, D]."""
-    plan = torch_grouped.sort_plan(ids, w_down.shape[0])
+    plan = torch_grouped.sort_plan(ids, w_down.shape[0], drops=drops)
     hidden = torch_grouped.up_projection(torch_grouped.permute(x, plan), w_gate_up, plan, activation)
     return torch_grouped.combine(torch_grouped.down_projection(hidden, w_down, plan), weights, plan)
 
@@ -42,7 +44,8 @@ def compile_for(case: Case) -> ExpertsFn:
     activation, slots, experts = case.layer.activation, case.slots, case.layer.routed_experts
     if traces_grouped(case):
         grouped: Callable[..., Tensor] = torch.compile(grouped_form, fullgraph=True)
-        return lambda x, ids, gates, w_gate_up, w_down: grouped(x, ids, gates, w_gate_up, w_down, activation)
+        drops = slots is not None
+        return lambda x, ids, gates, w_gate_up, w_down: grouped(x, ids, gates, w_gate_up, w_down, activation, drops)
     bmm: Callable[..., Tensor] = torch.compile(bmm_form, fullgraph=True)
     return lambda x, ids, gates, w_gate_up, w_down: bmm(
         x, ids, gates, w_gate_up, w_down, activation, slots or torch_bmm.largest_load(ids, experts)

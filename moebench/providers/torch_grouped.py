@@ -25,22 +25,22 @@ class SortPlan:
         row2assignment: int64 [T*K], flat assignment t*K+k of each row; dropped ones come last.
         assignment2row: int64 [T, K].
         ends: int32 [E], the row behind each expert's last.
-        kept: bool [T, K].
+        kept: bool [T, K]; None where nothing can be dropped.
     """
 
     row2assignment: Tensor
     assignment2row: Tensor
     ends: Tensor
-    kept: Tensor
+    kept: Tensor | None
 
 
 def plan(ids: Tensor, case: Case) -> SortPlan:
     """ids int64 [T, K] -> SortPlan."""
-    return sort_plan(ids, case.layer.routed_experts)
+    return sort_plan(ids, case.layer.routed_experts, drops=case.slots is not None)
 
 
-def sort_plan(ids: Tensor, experts: int) -> SortPlan:
-    """ids int64 [T, K] -> SortPlan."""
+def sort_plan(ids: Tensor, experts: int, *, drops: bool) -> SortPlan:
+    """ids int64 [T, K] -> SortPlan; `drops` says whether ids may be -1."""
     flat = ids.flatten()
     expert = flat.where(flat >= 0, experts)
     row2assignment = torch.argsort(expert, stable=True)
@@ -48,13 +48,18 @@ def sort_plan(ids: Tensor, experts: int) -> SortPlan:
     counts = counts.scatter_add(0, expert, torch.ones_like(expert))
     rows = torch.arange(flat.numel(), device=ids.device)
     assignment2row = torch.empty_like(flat).scatter(0, row2assignment, rows)
-    return SortPlan(row2assignment, assignment2row.view_as(ids), counts[:experts].cumsum(0).to(torch.int32), ids >= 0)
+    ends = counts[:experts].cumsum(0).to(torch.int32)
+    return SortPlan(row2assignment, assignment2row.view_as(ids), ends, ids >= 0 if drops else None)
 
 
 def permute(x: Tensor, plan: SortPlan) -> Tensor:
     """x [T, D] -> rows [T*K, D]."""
     top_k = plan.assignment2row.shape[1]
-    return x[plan.row2assignment.div(top_k, rounding_mode="floor")]
+    rows = x[plan.row2assignment.div(top_k, rounding_mode="floor")]
+    if plan.kept is None:
+        return rows
+    # The gradient of a row behind the last group is undefined as well: this keeps it from x.
+    return rows.masked_fill(~plan.kept.flatten()[plan.row2assignment].unsqueeze(1), 0)
 
 
 def up_projection(rows: Tensor, w_gate_up: Tensor, plan: SortPlan, activation: str) -> Tensor:
@@ -69,7 +74,9 @@ def down_projection(hidden: Tensor, w_down: Tensor, plan: SortPlan) -> Tensor:
 
 def combine(rows: Tensor, weights: Tensor, plan: SortPlan) -> Tensor:
     """rows [T*K, D], weights [T, K] -> y [T, D]."""
-    picked = rows[plan.assignment2row].masked_fill(~plan.kept.unsqueeze(-1), 0)
+    picked = rows[plan.assignment2row]
+    if plan.kept is not None:
+        picked = picked.masked_fill(~plan.kept.unsqueeze(-1), 0)
     return (picked * weights.unsqueeze(-1).to(rows.dtype)).sum(dim=1)
 
 
