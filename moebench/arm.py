@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moebench import check
+from moebench.answer import Answer
 from moebench.catalogue.spec import LayerSpec
+from moebench.check import Verdict, judge
 from moebench.point import Problem, Variant
 from moebench.providers.base import Case, Provider
 from moebench.routing import TopK
@@ -37,6 +39,11 @@ class Bench:
     weights: Weights
     draws: tuple[Draw, ...]
 
+    @cached_property
+    def row_sums(self) -> dict[str, Tensor]:
+        """The weights' row sums before any arm has run."""
+        return row_sums(self.weights)
+
 
 class Arm:
     """A provider, its state, and its static input buffers.
@@ -57,6 +64,7 @@ class Arm:
         self.backward = problem.direction == "forward_backward"
         self.checked_on = _shape(problem, interpreted=not self.timed)
         self.bench = bench
+        _ = bench.row_sums  # taken before a provider sees the weights
         self.weights = _leaves(bench.weights) if self.backward else bench.weights
         self.state = provider.prepare(self.weights, self.case)
         self.buffers = [self._inputs(draw) for draw in bench.draws[:DRAWS]] if self.timed else []
@@ -69,8 +77,18 @@ class Arm:
         with torch.no_grad():
             return self.provider.run(self.state, self.scoped[index])
 
-    def check(self) -> check.Verdict:
-        """Run once on other values, poison that output, refill the buffers, run again, and judge."""
+    def check(self) -> Verdict:
+        """Run once on other values, poison that output, refill the buffers, run again, and judge.
+
+        The weights are every arm's: changing them is an error, and they are put right for the others.
+        """
+        try:
+            verdict = self._check()
+        finally:
+            changed = self._restore_weights()
+        return Verdict(None, None, None, f"changed the layer's {changed}") if changed else verdict
+
+    def _check(self) -> Verdict:
         first, judged = self.bench.draws[0], self.bench.draws[-1]
         inputs = self._inputs(first)
         with torch.no_grad():
@@ -84,12 +102,12 @@ class Arm:
         output, grads = self._execute(inputs, scoped)
         changed = [name for name, value in before.tensors().items() if not torch.equal(value, getattr(inputs, name))]
         if changed:
-            return check.Verdict(None, None, None, f"changed its input {changed[0]}")
+            return Verdict(None, None, None, f"changed its input {changed[0]}")
         routing = judged.routing
-        answer = check.Answer(
+        answer = Answer(
             inputs, routing.wanted_ids.to(self.device), routing.wanted_weights.to(self.device), output, grads
         )
-        return check.judge(self.provider, self.state, self.case, self.bench.weights, answer)
+        return judge(self.provider, self.state, self.case, self.bench.weights, answer)
 
     def routing_facts(self) -> dict[str, float | None]:
         """Means over the timed draws: kept assignments, active experts, drop rate, load, executed FLOPs."""
@@ -103,6 +121,18 @@ class Arm:
             "load_max_over_mean": _mean([draw.load_max_over_mean for draw in draws]),
             "executed_flops": None if None in executed else _mean([value for value in executed if value is not None]),
         }
+
+    def _restore_weights(self) -> str | None:
+        """The first of the layer's weights that has changed, or None; all are then drawn anew."""
+        weights, problem = self.bench.weights, self.bench.problem
+        now = row_sums(weights)
+        changed = [name for name, sums in self.bench.row_sums.items() if not torch.equal(sums, now[name])]
+        if not changed:
+            return None
+        fresh = make_weights(problem.layer, self.variant.precision, str(weights.router.device), problem.seed).tensors()
+        for name, value in weights.tensors().items():
+            value.copy_(fresh[name])
+        return changed[0]
 
     def _inputs(self, draw: Draw) -> Inputs:
         variant = self.variant
@@ -121,7 +151,8 @@ class Arm:
         for parameter in parameters.values():
             parameter.grad = None
         output: Tensor = self.provider.run(self.state, Inputs(leaves["x"], inputs.ids, leaves["weights"]))
-        if output.requires_grad:
+        # Anything else goes to the check as it is, which says what is wrong with it.
+        if isinstance(output, Tensor) and output.requires_grad and output.shape == inputs.upstream.shape:
             output.backward(inputs.upstream)
         every = {**leaves, **parameters}
         return output, {name: leaf.grad for name, leaf in every.items() if leaf.grad is not None}
@@ -143,7 +174,8 @@ def make_case(problem: Problem, variant: Variant, device: str) -> Case:
 def twin(bench: Bench, precision: str) -> Bench:
     """What an interpreter can run: a reduced layer with the same E, K and router, and the first tokens' routing."""
     layer, problem = bench.problem.layer, bench.problem
-    width = max(TWIN_WIDTH, -(-layer.routed_experts // 16) * 16) if can_impose(layer) else TWIN_WIDTH
+    # Twice as wide as E: near a square router the imposed hidden states grow beyond what bfloat16 keeps apart.
+    width = max(TWIN_WIDTH, -(-layer.routed_experts // 8) * 16) if can_impose(layer) else TWIN_WIDTH
     small = replace(
         layer,
         hidden_size=min(layer.hidden_size, width),
@@ -166,6 +198,11 @@ def _twin_draw(draw: Draw, small: LayerSpec, router: Tensor, tokens: int, index:
     if logits is not None and can_impose(small):
         x = impose_logits(x, router.float(), logits).float()
     return Draw(x, TopK(ids, gates, ids, gates, logits, full.routed_experts), upstream)
+
+
+def row_sums(weights: Weights) -> dict[str, Tensor]:
+    """float32 sums over the last dimension, by name: equal to the last bit while nobody writes to the weights."""
+    return {name: value.detach().sum(-1, dtype=torch.float32) for name, value in weights.tensors().items()}
 
 
 def _leaves(weights: Weights) -> Weights:

@@ -32,9 +32,9 @@ class Errors:
         """The larger of each; NaN, which no comparison ranks, stays."""
         return Errors(_larger(self.rel, other.rel), _larger(self.max, other.max))
 
-    def scaled(self, factor: float) -> Errors:
-        """Both divided by a factor, to compare parts that have different tolerances."""
-        return Errors(self.rel / factor, self.max / factor)
+    def times(self, factor: float) -> Errors:
+        """Both multiplied by a factor."""
+        return Errors(self.rel * factor, self.max * factor)
 
 
 NO_ERROR = Errors(0.0, 0.0)

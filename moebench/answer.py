@@ -1,0 +1,64 @@
+"""Answer: what an arm said on the check's inputs, and which tokens of it are looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebench.workload import Inputs
+
+CHECK_TOKENS = 256
+
+
+class Wrong(Exception):
+    """The answer is wrong in a way that no error norm expresses."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the arm said on the check's inputs.
+
+    Attributes:
+        inputs: those of the check, as the variant sees them (capacity applied).
+        wanted_ids, wanted_weights: [T, K] of the dropless routing.
+        output: whatever `run` returned.
+        grads: gradients by name ("x", "weights", "w_gate_up", ...); empty for forward.
+    """
+
+    inputs: Inputs
+    wanted_ids: Tensor
+    wanted_weights: Tensor
+    output: Any
+    grads: dict[str, Tensor]
+
+
+def sample_tokens(ids: Tensor, limit: int = CHECK_TOKENS) -> Tensor:
+    """Up to `limit` token indices, sorted: first one token for each active expert, then evenly spread ones."""
+    tokens = ids.shape[0]
+    if tokens <= limit:
+        return torch.arange(tokens)
+    flat = ids.cpu().flatten()
+    owner = torch.full((int(flat.max()) + 2,), -1, dtype=torch.int64)
+    owner.scatter_(0, flat.where(flat >= 0, len(owner) - 1), torch.arange(flat.numel()) // ids.shape[1])
+    hits = owner[:-1][owner[:-1] >= 0].unique()[:limit]
+    spread = torch.linspace(0, tokens - 1, limit).long()
+    fill = spread[~torch.isin(spread, hits)][: limit - len(hits)]
+    picked: Tensor = torch.cat([hits, fill]).unique()
+    return picked
+
+
+def tensor_of(output: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The output, if it is a tensor of this shape and dtype and finite everywhere; else raise Wrong."""
+    if not isinstance(output, Tensor):
+        raise Wrong(f"returned a {type(output).__name__}, not a tensor")
+    if tuple(output.shape) != shape:
+        raise Wrong(f"returned shape {list(output.shape)}, not {list(shape)}")
+    if output.dtype != dtype:
+        raise Wrong(f"returned {output.dtype}, not {dtype}")
+    broken = int((~output.detach().isfinite()).any(dim=1).sum())  # in all rows, as the errors are of sampled ones
+    if broken:
+        raise Wrong(f"{broken} of {shape[0]} rows hold NaN or infinity")
+    return output.detach()
