@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+CLOSED_PIPE_S = 2.0
+
 Reply = dict[str, Any]
 
 
@@ -53,6 +55,7 @@ class Remote:
             )
         self._replies: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._pump, daemon=True).start()
+        threading.Thread(target=self._reap, daemon=True).start()
 
     def ask(self, do: str, *, deadline_s: float, **arguments: Any) -> Reply:
         """Send one message and wait for its reply.
@@ -77,9 +80,16 @@ class Remote:
 
     def kill(self) -> None:
         """End the worker and whatever it started, now."""
+        self._kill_group()
+        self._process.wait()
+
+    def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _reap(self) -> None:
         self._process.wait()
+        self._kill_group()  # what it started may hold the pipe open, which would hide its death
 
     def _pump(self) -> None:
         assert self._process.stdout is not None
@@ -88,8 +98,10 @@ class Remote:
         self._replies.put("")  # end of the pipe: it died
 
     def _obituary(self, do: str) -> WorkerLost:
-        code = self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a provider may close the pipe and live on
+            self._process.wait(timeout=CLOSED_PIPE_S)
         self.kill()
+        code = self._process.returncode
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
             return WorkerLost("out_of_memory", f"{do}: the kernel killed the worker for memory")
