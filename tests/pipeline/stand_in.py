@@ -1,0 +1,180 @@
+"""A worker of straw: answers the worker's messages at once, without torch, and faults on cue.
+
+`Crew` hands out stand-ins for `Remote` inside a test; `python stand_in.py` serves
+as the worker's process. That the answers have the real worker's shape is tested.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# (provider or "", message) -> what happens instead: keys of the reply, an exception, or a function that gives either.
+Cue = dict[str, Any] | BaseException | Callable[[], Any]
+Cues = dict[tuple[str, str], Cue]
+
+
+class Asked(NamedTuple):
+    """One message."""
+
+    do: str
+    about: str
+    arguments: dict[str, Any]
+    deadline_s: float
+
+
+class Answers:
+    """The replies of a worker for which everything goes well.
+
+    Args:
+        latency_ms: of every call.
+    """
+
+    def __init__(self, latency_ms: float = 1.0) -> None:
+        self.latency_ms = latency_ms
+
+    def hello(self, device_kind: str) -> dict[str, Any]:
+        return {
+            "device_kind": "cpu", "device": "Straw", "machine": {}, "versions": {"torch": "none"},
+            "cache_bytes": 1 << 20, "available_bytes": 1 << 34,
+        }  # fmt: skip
+
+    def provider(self, name: str) -> dict[str, Any]:
+        path = name.rpartition(":")[0]
+        if not path:
+            return {"version": "straw 1", "hash": hashlib.sha256(name.encode()).hexdigest()[:16]}
+        if not Path(path).is_file():
+            return {"unavailable": f"{name}: there is no file {path!r}"}
+        return {"version": "user", "hash": hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}
+
+    def ceilings(self, precisions: list[str], seconds: float) -> dict[str, Any]:
+        return {
+            "gemm_tflops": dict.fromkeys(precisions, 0.1), "copy_gbs": 10.0, "read_gbs": 12.0,
+            "spread": {}, "seconds": seconds, "bytes": 1 << 20, "reasons": {},
+        }  # fmt: skip
+
+    def open(self, problem: dict[str, Any], precisions: list[str]) -> dict[str, Any]:
+        return {}
+
+    def arm(self, index: int, variant: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "timed": True, "prepare_ms": 1.0, "checked_on": "T4 D16 F8 E4 K2", "kept": 8.0, "active_experts": 4.0,
+            "drop_rate": 0.0, "load_max_over_mean": 1.0, "executed_flops": 6144.0,
+        }  # fmt: skip
+
+    def yardstick(self, index: int, name: str, precision: str, flops: float) -> dict[str, Any]:
+        return {"timed": True, "flops": flops if name == "gemm" else 0.0, "moved_bytes": 1e6}
+
+    def check(self, index: int) -> dict[str, Any]:
+        return {"rel_error": 1e-7, "max_error": 1e-7, "fidelity_error": 1e-7, "wrong": None}
+
+    def warm(self, index: int, max_seconds: float) -> dict[str, Any]:
+        return {"first_call_ms": 2.0, "estimate_ms": self.latency_ms, "timer": "straw", "why": ""}
+
+    def memory(self, index: int) -> dict[str, Any]:
+        return {"peak_memory_bytes": 1 << 20, "reason": None, "resolution_bytes": 4096}
+
+    def burst(self, index: int, count: int, start: int) -> dict[str, Any]:
+        return {"device_ms": [self.latency_ms] * count, "wall_ms": [self.latency_ms] * count}
+
+    def energy(self, index: int, window_s: float, trials: int, cool_down_s: float) -> dict[str, Any]:
+        return {"source": "none", "reason": "straw has no meter"}
+
+    def state_begin(self) -> dict[str, Any]:
+        return {}
+
+    def state_end(self) -> dict[str, Any]:
+        return {"state": {}, "flags": []}
+
+    def drop(self, index: int) -> dict[str, Any]:
+        return {}
+
+
+class StandIn:
+    """One worker of a crew; notes what it is asked."""
+
+    def __init__(self, cues: Cues, answers: Answers) -> None:
+        self.cues, self.answers = cues, answers
+        self.asked: list[Asked] = []
+        self.ended = False
+        self._names: dict[int, str] = {}
+
+    def ask(self, do: str, *, deadline_s: float, **arguments: Any) -> dict[str, Any]:
+        assert not self.ended, f"{do} was asked of a worker that is gone"
+        about = self._about(do, arguments)
+        self.asked.append(Asked(do, about, arguments, deadline_s))
+        reply: dict[str, Any] = getattr(self.answers, do)(**arguments)
+        cue = self.cues.get((about, do), {})
+        cue = cue() if callable(cue) else cue
+        if isinstance(cue, BaseException):
+            self.ended = True
+            raise cue
+        return cue if "status" in cue else {**reply, **cue}
+
+    def kill(self) -> None:
+        self.ended = True
+
+    def messages(self, do: str) -> list[Asked]:
+        """Those of one kind."""
+        return [asked for asked in self.asked if asked.do == do]
+
+    def _about(self, do: str, arguments: dict[str, Any]) -> str:
+        if do in ("provider", "yardstick"):
+            name = arguments["name"]
+        elif do == "arm":
+            name = arguments["variant"]["provider"]
+        else:
+            return self._names.get(arguments.get("index", -1), "")
+        if "index" in arguments:
+            self._names[arguments["index"]] = name
+        return str(name)
+
+
+@dataclass
+class Crew:
+    """Stand-ins, one after the other; the n-th takes n milliseconds for every call."""
+
+    cues: Cues = field(default_factory=dict)
+    workers: list[StandIn] = field(default_factory=list)
+
+    def start(self, *_: object) -> StandIn:
+        """The next worker."""
+        self.workers.append(StandIn(self.cues, Answers(latency_ms=1.0 + len(self.workers))))
+        return self.workers[-1]
+
+    def asked(self, do: str) -> list[Asked]:
+        """Messages of one kind to any of them."""
+        return [asked for worker in self.workers for asked in worker.messages(do)]
+
+
+def serve() -> None:
+    """The worker's process: at the message named in STAND_IN_PAUSE, touch STAND_IN_MARK and hang."""
+    replies = os.fdopen(os.dup(1), "w")
+    answers, pause = Answers(), os.environ.get("STAND_IN_PAUSE", "")
+    requests = iter(sys.stdin)
+    for line in requests:
+        request = json.loads(line)
+        do = request.pop("do")
+        if do == pause:
+            threading.Thread(target=_end_with_parent, args=(requests,), daemon=True).start()
+            Path(os.environ["STAND_IN_MARK"]).touch()
+            time.sleep(1e6)
+        replies.write(json.dumps(getattr(answers, do)(**request)) + "\n")
+        replies.flush()
+
+
+def _end_with_parent(requests: Any) -> None:
+    next(requests, None)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve()
