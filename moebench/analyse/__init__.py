@@ -1,6 +1,6 @@
 """From records to findings: a tidy table, ratios with intervals, CAP scores, verdicts. No torch."""
 
-from moebench.analyse.cap import Axis, Cap, cap, default_baseline
+from moebench.analyse.cap import Axis, Cap, cap, find_baseline
 from moebench.analyse.headlines import Headline, headlines
 from moebench.analyse.load import Run, load_run, load_runs, records_to_table, write_results
 from moebench.analyse.names import name_rows
@@ -14,7 +14,7 @@ __all__ = [
     "Headline",
     "Run",
     "cap",
-    "default_baseline",
+    "find_baseline",
     "fronts",
     "headlines",
     "load_run",

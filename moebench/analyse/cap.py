@@ -10,7 +10,9 @@ noise a thousandfold.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -57,15 +59,32 @@ class Cap:
     scores: pd.DataFrame
 
 
-def default_baseline(table: pd.DataFrame) -> str | None:
-    """The variant measured on most problems; among equals torch-loop, then the first in the table."""
+def find_baseline(table: pd.DataFrame, name: str | None = None) -> str | None:
+    """The variant called `name`, or that provider's, or the default; null where nothing was measured.
+
+    Among several, the one measured on most problems; among equals torch-loop, then the first in the table.
+
+    Raises:
+        ValueError: no measured variant or provider has that name.
+    """
     rows = _contenders(table)
     if rows.empty:
         return None
+    if name is not None and name not in set(rows["variant"]):
+        rows = rows[rows["provider"] == name] if name in set(rows["provider"]) else _refuse(rows, name)
+    elif name is not None:
+        return name
     count = rows.groupby("variant", sort=False)["problem"].nunique()
     most = count[count == count.max()].index
     preferred = set(rows.loc[rows["provider"] == PREFERRED, "variant"])
-    return str(next((name for name in most if name in preferred), most[0]))
+    return str(next((variant for variant in most if variant in preferred), most[0]))
+
+
+def _refuse(rows: pd.DataFrame, baseline: str) -> NoReturn:
+    known = list(dict.fromkeys([*rows["variant"], *rows["provider"]]))
+    near = difflib.get_close_matches(baseline, known, 1)
+    hint = f"; nearest: {near[0]!r};" if near else ";"
+    raise ValueError(f"baseline {baseline!r} has no measured row{hint} measured are {', '.join(known)}")
 
 
 def cap(table: pd.DataFrame, baseline: str) -> Cap:
@@ -80,8 +99,7 @@ def cap(table: pd.DataFrame, baseline: str) -> Cap:
     """
     rows = _contenders(table)
     if baseline not in set(rows["variant"]):
-        known = ", ".join(dict.fromkeys(rows["variant"])) or "none"
-        raise ValueError(f"baseline {baseline!r} has no measured row; measured variants: {known}")
+        _refuse(rows, baseline)
     rows = rows.join(ratios(table, baseline)["speedup"])
     left_out = {COST: _cost_is_latency(rows)} if _cost_is_latency(rows) else {}
     columns = {axis: _axis_ratio(rows, axis, baseline) for axis in AXES if axis not in left_out}
@@ -158,7 +176,7 @@ def _why_missing(rows: pd.DataFrame, axis: str) -> str:
     if axis == DECODE:
         return "every layer was run at one token count only"
     if axis == THROUGHPUT:
-        return "no prefill in this run"
+        return "no prefill was timed in this run"
     return "not measured in this run"
 
 

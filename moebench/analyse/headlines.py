@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from moebench.analyse.numbers import ratio_text, significant, time_text
-from moebench.analyse.ratios import paired
+from moebench.analyse.ratios import ROUNDS_FOR_95, paired
 from moebench.point import PRECISIONS, SCOPES
 
 PRICE_OF_SPARSITY = "dense-ffn"
@@ -30,8 +30,8 @@ class Headline:
 
     Attributes:
         problem: what was computed.
-        kind: "winner", "tie", "alone" (one arm measured) or "none".
-        winners: variants named by the verdict.
+        kind: "winner", "tie", "undecided" (too few shared rounds), "alone" (one arm measured) or "none".
+        winners: the winner, or those that tie.
         sentence: the verdict, its ratio and interval, and the time over the model's MoE layers.
         remarks: what is faster by computing something else; the price of sparsity.
         row: index of the fastest row in the table; null when nothing was measured.
@@ -128,24 +128,18 @@ def _verdict(row: Row, variant: str) -> tuple[str, tuple[str, ...], str]:
     second, ratio = row.get("second_variant"), _number(row, "second_ratio")
     if second is None or pd.isna(second):
         return "alone", (variant,), f"{variant} is the only arm measured"
-    low, high = _number(row, "second_low"), _number(row, "second_high")
-    if np.isnan(ratio):
-        gap = ratio_text(_number(row, "second_latency_ms") / _number(row, "latency_ms"), np.nan, np.nan)
-        return "tie", (variant, str(second)), f"{variant} and {second} shared no round: {gap} is no verdict"
-    basis = _basis(_number(row, "second_rounds"))
-    if np.isnan(low) or low <= 1 <= high:
+    low, high, rounds = (_number(row, f"second_{name}") for name in ("low", "high", "rounds"))
+    if np.isnan(low):
+        gap = significant(_number(row, "second_latency_ms") / _number(row, "latency_ms"))
+        shared = f"only {rounds:.0f} shared round{'s' if rounds != 1 else ''}"
+        return "undecided", (), f"no verdict: {variant} leads {second} by {gap}× on {shared}"
+    basis = f" (range of only {rounds:.0f} rounds)" if rounds < ROUNDS_FOR_95 else ""
+    if low <= 1 <= high:
         return "tie", (variant, str(second)), f"{variant} and {second} tie, {ratio_text(ratio, low, high)}{basis}"
     if high < 1:
         # Medians over all samples and medians over shared rounds can disagree; the paired ones decide.
         variant, second, ratio, low, high = str(second), variant, 1 / ratio, 1 / high, 1 / low
     return "winner", (variant,), f"{variant} wins, {ratio_text(ratio, low, high)} faster than {second}{basis}"
-
-
-def _basis(rounds: float) -> str:
-    """What to say of an interval that is less than one of 95 %."""
-    if rounds < 3:
-        return f" by {rounds:.0f} shared round{'s' if rounds != 1 else ''}, too few for an interval"
-    return f" (range of only {rounds:.0f} rounds)" if rounds < 6 else ""
 
 
 def _over_the_model(row: Row) -> str:
@@ -159,7 +153,7 @@ def _over_the_model(row: Row) -> str:
 
 def _shortcut_remark(row: Row) -> str:
     variant = row.get("other_variant")
-    if variant is None or pd.isna(variant):
+    if variant is None or pd.isna(variant) or np.isnan(_number(row, "other_low")):
         return ""
     ratio = ratio_text(*(_number(row, f"other_{part}") for part in ("ratio", "low", "high")))
     error, dropped = _number(row, "other_fidelity_error"), _number(row, "other_drop_rate")
@@ -169,10 +163,9 @@ def _shortcut_remark(row: Row) -> str:
 
 
 def _sparsity_remark(row: Row) -> str:
-    ratio = _number(row, "dense_ratio")
-    if np.isnan(ratio):
+    if np.isnan(_number(row, "dense_low")):
         return ""
-    text = ratio_text(ratio, _number(row, "dense_low"), _number(row, "dense_high"))
+    text = ratio_text(*(_number(row, f"dense_{part}") for part in ("ratio", "low", "high")))
     return f"Price of sparsity: {text} the time of one dense FFN of the same active FLOPs."
 
 
@@ -193,7 +186,7 @@ def _nothing(rows: pd.DataFrame) -> Headline:
     counts = rows["status"].value_counts()
     said = ", ".join(f"{count} {str(status).replace('_', ' ')}" for status, count in counts.items())
     reasons = rows["reason"].dropna()
-    why = f" First reason: {reasons.iloc[0]}" if len(reasons) else ""
+    why = f" First reason: {str(reasons.iloc[0]).rstrip('.')}." if len(reasons) else ""
     return Headline(str(rows["problem"].iloc[0]), "none", (), f"Nothing was timed: {said}.{why}")
 
 

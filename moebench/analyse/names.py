@@ -1,7 +1,7 @@
 """Names for the rows of a table: what was computed (problem), how (variant), and along which line (family).
 
 A family is a problem with its token count left open: the line a chart draws over T.
-Names carry only what tells rows of this table apart, so they stay short.
+Names carry only what tells rows of this table apart, so they stay short; unsaid are dropless and forward.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ FAMILY = [
 PROBLEM = [*FAMILY, "tokens", "phase"]
 VARIANT = ["provider", "precision", "capacity_factor", "layout", "n_devices"]
 SHAPE = ["hidden_size", "expert_ffn_size", "routed_experts", "top_k", "shared_experts"]
+CUSTOM = "custom"  # the model of plain numbers: its shape is its name
 # Rows that were sampled together, in one process: the only ones whose ratio means anything.
 BLOCK = ["run_id", "block_id", "replicate"]
 
@@ -48,25 +49,23 @@ def _labels(table: pd.DataFrame, columns: list[str], text: object) -> pd.Series:
 
 
 def _changing(table: pd.DataFrame, columns: list[str]) -> set[str]:
-    changing = varying(table, columns)
-    if "model" in columns:
-        shapes = table[["model", *SHAPE]].drop_duplicates()
-        if shapes["model"].duplicated().any() or "custom" in set(shapes["model"]):
-            changing.add("shape")
     if "provider" in columns:
         # The yardsticks' own precision or capacity must not lengthen the names of the arms.
         arms = table[table["role"] == "arm"]
-        changing = varying(arms, columns) if len(arms) else changing
-    return changing
+        return varying(arms if len(arms) else table, columns)
+    several_shapes = table[["model", *SHAPE]].drop_duplicates()["model"].drop_duplicates(keep=False)
+    published = table.loc[table["model"] != CUSTOM, "model"]
+    ambiguous = not published.isin(several_shapes).all()
+    return varying(table, columns) | ({"shape"} if ambiguous else set())
 
 
 def _variant_text(row: dict[str, object], changing: set[str]) -> str:
     parts = [str(row["provider"])]
     if "precision" in changing:
         parts.append(str(row["precision"]))
-    if "capacity_factor" in changing:
-        factor = row["capacity_factor"]
-        parts.append("dropless" if pd.isna(factor) else f"cap {factor:g}")  # type: ignore[call-overload]
+    factor = row["capacity_factor"]
+    if "capacity_factor" in changing and not pd.isna(factor):  # type: ignore[call-overload]
+        parts.append(f"cap {factor:g}")
     if "layout" in changing:
         parts.append(str(row["layout"]))
     if "n_devices" in changing:
@@ -76,7 +75,7 @@ def _variant_text(row: dict[str, object], changing: set[str]) -> str:
 
 def _family_text(row: dict[str, object], changing: set[str]) -> str:
     parts = [str(row["model"])]
-    if "shape" in changing:
+    if row["model"] == CUSTOM or "shape" in changing:
         shared = f" + {row['shared_experts']} shared" if row["shared_experts"] else ""
         parts.append(
             f"{row['routed_experts']} experts top-{row['top_k']} {row['hidden_size']}×{row['expert_ffn_size']}{shared}"
@@ -85,7 +84,7 @@ def _family_text(row: dict[str, object], changing: set[str]) -> str:
         parts.append(str(row["router"]))
     if "traffic" in changing:
         parts.append(str(row["traffic"]))
-    if "direction" in changing or row["direction"] != "forward":
+    if row["direction"] != "forward":
         parts.append(str(row["direction"]).replace("_", " + "))
     if "seed" in changing:
         parts.append(f"seed {row['seed']}")

@@ -28,7 +28,8 @@ class Column:
 
 
 COLUMNS = (
-    Column("variant", "Variant", "text", "Provider, and whatever else tells variants of this run apart"),
+    Column("variant", "Variant", "text",
+           "Provider, and whatever else tells variants of this run apart; dropless unless a capacity (cap) is named"),
     Column("family", "Problem", "text", "Layer, traffic and direction"),
     Column("tokens", "Tokens", "count", "T, tokens entering the layer"),
     Column("scope", "Scope", "text", "The whole layer, its experts, or one stage"),
@@ -67,6 +68,7 @@ FLAGS = {
     "contended": "other work ran on the machine meanwhile",
     "cache_resident": "weights stayed in cache: faster than memory would allow",
     "throttled": "the GPU lowered its clock",
+    "memory_below_resolution": "peak memory is too small for the meter to tell from none",
     "energy_window_short": "energy window shorter than the rule asks for",
     "energy_counter_stuck": "the energy counter did not move",
     "energy_noisy": "energy trials disagree",

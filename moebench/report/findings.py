@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moebench.analyse import Cap, Run, cap, default_baseline
-from moebench.analyse.numbers import significant
+from moebench.analyse import Cap, Run, cap, find_baseline
+from moebench.analyse.numbers import bytes_text, significant
+from moebench.point import YARDSTICKS
 from moebench.record import FAULTS, GOOD, STATUSES, Manifest
 from moebench.report.columns import COLUMNS, FLAGS
 
 POLYGONS = 4
 REASONS = 200  # most lines of the faults table
+NAMED = 4  # most variants named in one of them
 
 
 def scores(table: pd.DataFrame, baseline: str | None = None) -> Cap | None:
@@ -23,8 +25,8 @@ def scores(table: pd.DataFrame, baseline: str | None = None) -> Cap | None:
     Raises:
         ValueError: the named baseline was never measured.
     """
-    baseline = baseline or default_baseline(table)
-    return None if baseline is None else cap(table, baseline)
+    variant = find_baseline(table, baseline)
+    return None if variant is None else cap(table, variant)
 
 
 def score_table(found: Cap) -> dict[str, Any]:
@@ -76,6 +78,11 @@ def counts(table: pd.DataFrame) -> list[tuple[str, int]]:
     return [(status, int(found[status])) for status in STATUSES if status in found]
 
 
+def reached(table: pd.DataFrame) -> int:
+    """Points of the suite that were tried; the yardsticks that every block brings along are none of its points."""
+    return int((~table["provider"].isin(YARDSTICKS) & (table["status"] != "skipped")).sum())
+
+
 def troubles(table: pd.DataFrame, shown: pd.DataFrame) -> list[dict[str, Any]]:
     """Statuses with a reason, grouped: faults first, then by how often.
 
@@ -83,12 +90,19 @@ def troubles(table: pd.DataFrame, shown: pd.DataFrame) -> list[dict[str, Any]]:
     """
     rows = table[table["reason"].notna() & ~table["status"].isin(GOOD)]
     rows = rows.assign(anchor=shown["anchor"].reindex(rows.index))
-    grouped = rows.groupby(["status", "variant", "reason"], sort=False)
-    lines = grouped.agg(rows=("status", "size"), anchor=("anchor", "first")).reset_index()
+    grouped = rows.groupby(["status", "reason"], sort=False)
+    lines = grouped.agg(rows=("status", "size"), anchor=("anchor", "first"), variants=("variant", _names)).reset_index()
     lines["anchor"] = lines["anchor"].astype(object).where(lines["anchor"].notna(), "")
     lines["fault"] = lines["status"].isin(FAULTS)
     worst = lines.sort_values(["fault", "rows"], ascending=False, kind="stable").head(REASONS)
     return [{str(name): value for name, value in line.items()} for line in worst.to_dict("records")]
+
+
+def _names(variants: pd.Series) -> str:
+    """'a, b, c and 4 more'."""
+    names = list(dict.fromkeys(variants.astype(str)))
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def flags(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -154,15 +168,27 @@ def facts(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Measured ceilings", manifest.ceilings),
         ("Data sheet", manifest.hardware),
         ("Cost inputs", manifest.cost),
-        ("Providers", manifest.providers),
+        ("Providers", {name: _provider(facts) for name, facts in manifest.providers.items()}),
     ]
     return [(title, _lines(values)) for title, values in sections]
 
 
+def _provider(facts: dict[str, Any]) -> str:
+    """'torch 2.13.0 · 58c111894ee8cf4c', or why it is unavailable."""
+    if "unavailable" in facts:
+        return f"unavailable: {facts['unavailable']}"
+    return " · ".join(str(value) for value in facts.values() if value is not None)
+
+
 def _lines(values: dict[str, Any] | None) -> list[tuple[str, str]]:
-    return [
-        (str(name).replace("_", " "), _text(value)) for name, value in (values or {}).items() if value not in ({}, "")
-    ]
+    kept = {name: value for name, value in (values or {}).items() if value not in ({}, "")}
+    return [_line(str(name), value) for name, value in kept.items()]
+
+
+def _line(name: str, value: Any) -> tuple[str, str]:
+    if name.endswith("bytes") and isinstance(value, int):
+        return name.removesuffix("bytes").strip("_").replace("_", " ") or "size", bytes_text(value)
+    return name.replace("_", " "), _text(value)
 
 
 def _text(value: Any) -> str:

@@ -32,6 +32,7 @@ def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None
         ValueError: a directory is not a run, or the baseline was never measured.
     """
     page = render(load_runs(runs), baseline=baseline)
+    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         partial.write_text(page, encoding="utf-8")
@@ -115,7 +116,7 @@ def _run_facts(run: Run, system: Cap | None) -> dict[str, Any]:
         "manifest": run.manifest,
         "facts": findings.facts(run.manifest),
         "counts": findings.counts(run.table),
-        "rows": len(run.table),
+        "reached": findings.reached(run.table),
         "cap": system,
         "scores": findings.score_table(system) if system else None,
     }

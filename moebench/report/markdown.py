@@ -31,6 +31,7 @@ def write_markdown(runs: Sequence[Path], out: Path, *, baseline: str | None = No
         parts += [f"- and {len(verdicts) - MOST:,} more"] if len(verdicts) > MOST else []
         parts += ["", *_scores(system)] if system else ["", "Nothing was timed."]
         parts.append("")
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     return out
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from analyse.tables import record, table
 
-from moebench.analyse import cap, default_baseline
+from moebench.analyse import cap, find_baseline
 
 AXES = ["throughput at prefill", "latency at decode", "fidelity", "peak memory", "energy", "cost"]
 
@@ -104,10 +104,24 @@ def test_yardsticks_and_other_scopes_have_no_score():
     assert scores(found)["base", "fidelity"].n == 1
 
 
-def test_baseline_by_default_and_by_name():
+def test_baseline_by_default_by_variant_and_by_provider():
     rows = table(*problem(1, {"a": 1.0, "torch-loop": 1.0}), *problem(4, {"a": 1.0, "torch-loop": 1.0}))
-    assert default_baseline(rows) == "torch-loop"
+    assert find_baseline(rows) == "torch-loop"
     rows = table(*problem(1, {"a": 1.0, "torch-loop": 1.0}), *problem(4, {"a": 1.0}))
-    assert default_baseline(rows) == "a"
-    with pytest.raises(ValueError, match="'nobody' has no measured row; measured variants: a, torch-loop"):
-        cap(rows, "nobody")
+    assert find_baseline(rows) == "a"
+    assert find_baseline(rows, "torch-loop") == "torch-loop"
+    capped = [row.model_copy(update={"capacity_factor": 1.0, "point_id": "x"}) for row in problem(1, {"a": 1.0})]
+    rows = table(*problem(1, {"a": 1.0, "b": 1.0}, a={"precision": "bf16"}), *problem(4, {"a": 1.0}), *capped)
+    assert sorted(set(rows["variant"])) == ["a bf16", "a fp32", "a fp32 cap 1", "b fp32"]
+    assert find_baseline(rows, "b") == "b fp32"
+    assert find_baseline(rows, "a bf16") == "a bf16"
+    assert find_baseline(rows.iloc[:0], "b") is None
+
+
+def test_an_unknown_baseline_names_the_nearest():
+    rows = table(*problem(1, {"torch-bmm": 1.0, "torch-loop": 1.0}))
+    for refuse in (find_baseline, cap):
+        with pytest.raises(
+            ValueError, match="'torch-lop' has no measured row; nearest: 'torch-loop'; measured are torch-bmm"
+        ):
+            refuse(rows, "torch-lop")

@@ -73,7 +73,7 @@ def test_an_empty_and_an_interrupted_run_say_so(tmp_path):
     run = run_of(tmp_path / "run", finished="interrupted", ceilings=None)
     text = text_of(write_report([run], tmp_path / "page.html"))
     assert "was interrupted:" in text
-    assert "it holds 0 of 30 points" in text
+    assert "0 of 30 points were reached" in text
     assert "this run holds no rows yet" in text
 
 
@@ -107,7 +107,9 @@ def test_the_same_point_in_two_runs_has_two_anchors(tmp_path):
 
 def test_another_baseline_and_an_unknown_one(tmp_path):
     run = make_run(tmp_path / "run")
-    assert "ratio to <b>torch-bmm</b>" in text_of(write_report([run], tmp_path / "p.html", baseline="torch-bmm"))
+    assert "ratio to <b>torch-bmm</b>" in text_of(
+        write_report([run], tmp_path / "new" / "p.html", baseline="torch-bmm")
+    )
     with pytest.raises(ValueError, match="baseline 'nobody'"):
         write_report([run], tmp_path / "p.html", baseline="nobody")
 
