@@ -64,7 +64,12 @@ def main() -> None:
 
 @main.group()
 def run() -> None:
-    """Measure something."""
+    """Measure something.
+
+    \b
+    Example:
+      moebench run suite smoke
+    """
 
 
 @run.command("suite")
@@ -280,7 +285,13 @@ def report(
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="A list of flat objects on stdout.")
 def doctor(as_json: bool) -> None:
-    """Say what this machine can and cannot measure, and why."""
+    """Say what this machine can and cannot measure, and why.
+
+    \b
+    Examples:
+      moebench doctor
+      moebench doctor --json
+    """
     from moebench import listings
 
     rows = listings.doctor()
