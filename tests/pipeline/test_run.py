@@ -42,10 +42,10 @@ def table(tmp_path):
     return pd.read_parquet(tmp_path / "run" / "results.parquet")
 
 
-def every_point_once(tmp_path, blocks=len(TOKENS)):
+def every_point_once(tmp_path):
     rows = records(tmp_path / "run")
     keys = [(row.point_id, row.replicate) for row in rows]
-    assert len(keys) == len(set(keys)) == blocks * PER_BLOCK
+    assert len(keys) == len(set(keys)) == len(TOKENS) * PER_BLOCK
     found = table(tmp_path)
     assert sorted(zip(found["point_id"], found["replicate"], strict=True)) == sorted(keys)
     return rows
@@ -216,7 +216,7 @@ def test_a_worker_that_does_not_start_is_one_line(tmp_path, crew):
 
 def test_a_device_that_is_not_there_is_a_wrong_word(tmp_path, crew):
     crew.cues["", "hello"] = {"status": "unavailable", "reason": "Unavailable: no CUDA device is available"}
-    with pytest.raises(ValueError, match="^--device cuda: no CUDA device is available$"):
+    with pytest.raises(ValueError, match=r"^--device cuda: no CUDA device is available$"):
         go(tmp_path, device="cuda")
 
 
@@ -229,7 +229,7 @@ class At:
     def __init__(self, number, error):
         self.left, self.error = number, error
 
-    def __call__(self, *_):
+    def __call__(self, *_, **__):
         self.left -= 1
         if self.left == 0:
             raise self.error
@@ -444,7 +444,7 @@ def test_a_full_disk_is_one_line_and_what_was_measured_is_kept(tmp_path, crew, m
 def test_two_runs_cannot_share_a_folder(tmp_path, crew):
     with RunDirectory(tmp_path / "run").opened(resume=False):
         for resume in (False, True):
-            with pytest.raises(ValueError, match="run is being written by another run$"):
+            with pytest.raises(ValueError, match=r"run is being written by another run$"):
                 go(tmp_path, resume=resume)
     assert crew.workers == []
     assert go(tmp_path).exit_code == 0

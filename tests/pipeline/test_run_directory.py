@@ -114,18 +114,24 @@ def test_a_read_only_folder(open_folder, resume):
 
 
 def test_the_lock_is_freed_at_the_end_also_after_an_error(tmp_path):
-    with pytest.raises(KeyError), RunDirectory(tmp_path).opened(resume=False):
-        assert refusal(tmp_path, resume=True) == f"{tmp_path} is being written by another run"
-        raise KeyError
+    def fail():
+        with RunDirectory(tmp_path).opened(resume=False):
+            assert refusal(tmp_path, resume=True) == f"{tmp_path} is being written by another run"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     with RunDirectory(tmp_path).opened(resume=True):
         pass
 
 
 def test_the_newest_unfinished_run_of_a_suite_is_found(tmp_path):
     for name, text in {
-        "quick-1": '{"finished": null}', "quick-2": '{"finished": "interrupted"}', "quick-3": '{"finished": "complete"}',
+        "quick-1": '{"finished": null}',
+        "quick-2": '{"finished": "interrupted"}',
+        "quick-3": '{"finished": "complete"}',
         "sweep-9": '{"finished": null}',
-    }.items():  # fmt: skip
+    }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(text)
     assert newest_unfinished(tmp_path, "quick") == tmp_path / "quick-2"
