@@ -44,9 +44,8 @@ def sample_tokens(ids: Tensor, limit: int = CHECK_TOKENS) -> Tensor:
     owner = torch.full((int(flat.max()) + 2,), -1, dtype=torch.int64)
     owner.scatter_(0, flat.where(flat >= 0, len(owner) - 1), torch.arange(flat.numel()) // ids.shape[1])
     hits = owner[:-1][owner[:-1] >= 0].unique()[:limit]
-    spread = torch.linspace(0, tokens - 1, limit).long()
-    fill = spread[~torch.isin(spread, hits)][: limit - len(hits)]
-    picked: Tensor = torch.cat([hits, fill]).unique()
+    spread = torch.linspace(0, tokens - 1, limit - len(hits)).long()
+    picked: Tensor = torch.cat([hits, spread]).unique()
     return picked
 
 
