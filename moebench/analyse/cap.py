@@ -70,10 +70,13 @@ def find_baseline(table: pd.DataFrame, name: str | None = None) -> str | None:
     rows = _contenders(table)
     if rows.empty:
         return None
-    if name is not None and name not in set(rows["variant"]):
-        rows = rows[rows["provider"] == name] if name in set(rows["provider"]) else _refuse(rows, name)
-    elif name is not None:
+    if name in set(rows["variant"]):
         return name
+    if name is not None:
+        known = rows
+        rows = rows[rows["provider"] == name]
+        if rows.empty:
+            _refuse(known, name)
     count = rows.groupby("variant", sort=False)["problem"].nunique()
     most = count[count == count.max()].index
     preferred = set(rows.loc[rows["provider"] == PREFERRED, "variant"])

@@ -5,6 +5,7 @@ from report.synthetic import HOSTILE
 
 pytestmark = pytest.mark.browser
 
+EXTREME = {1: "min", -1: "max"}
 BODY = "[...document.querySelectorAll('#table tbody tr')]"
 
 
@@ -79,6 +80,10 @@ def test_sorting_goes_by_number_both_ways_with_missing_last(page, pages):
         values = [value for value in found if value is not None]
         assert len(values) > 50
         assert [sign * value for value in values] == sorted(sign * value for value in values)
+        extreme = page.js(
+            "(f => f(...field('latency_ms').filter((ms) => ms !== null)))(Math[arguments[0]])", EXTREME[sign]
+        )
+        assert values[0] == pytest.approx(extreme, rel=0.01)
     page.open(pages["quick"])
     for _ in range(2):
         sort(page, "Latency")
