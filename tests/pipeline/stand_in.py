@@ -1,18 +1,21 @@
 """A worker of straw: answers the worker's messages at once, without torch, and faults on cue.
 
-`Crew` hands out stand-ins for `Remote` inside a test; `python stand_in.py` serves
-as the worker's process. That the answers have the real worker's shape is tested.
+`Crew` hands out stand-ins for `Remote` inside a test; `stand_in.py serve` is the worker's
+process, and `stand_in.py run ...` is `moebench ...` with such a worker. That the answers
+have the real worker's shape is tested.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,26 +158,51 @@ class Crew:
         return [asked for worker in self.workers for asked in worker.messages(do)]
 
 
+def pause(here: str) -> None:
+    """Where STAND_IN_PAUSE names this place, touch STAND_IN_MARK and hang; only once, since the mark stays."""
+    mark = Path(os.environ.get("STAND_IN_MARK", os.devnull))
+    if here == os.environ.get("STAND_IN_PAUSE") and not mark.exists():
+        mark.touch()
+        time.sleep(1e6)
+
+
 def serve() -> None:
-    """The worker's process: at the message named in STAND_IN_PAUSE, touch STAND_IN_MARK and hang."""
-    replies = os.fdopen(os.dup(1), "w")
-    answers, pause = Answers(), os.environ.get("STAND_IN_PAUSE", "")
-    requests = iter(sys.stdin)
+    """The worker's process; it ends with its parent, as the real one does."""
+    answers, requests = Answers(), iter(sys.stdin)
+    waiting: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_read, args=(requests, waiting), daemon=True).start()
+    while True:
+        request = json.loads(waiting.get())
+        pause(request["do"])
+        print(json.dumps(getattr(answers, request.pop("do"))(**request)), flush=True)
+
+
+def _read(requests: Iterator[str], waiting: queue.Queue[str]) -> None:
     for line in requests:
-        request = json.loads(line)
-        do = request.pop("do")
-        if do == pause:
-            threading.Thread(target=_end_with_parent, args=(requests,), daemon=True).start()
-            Path(os.environ["STAND_IN_MARK"]).touch()
-            time.sleep(1e6)
-        replies.write(json.dumps(getattr(answers, do)(**request)) + "\n")
-        replies.flush()
-
-
-def _end_with_parent(requests: Any) -> None:
-    next(requests, None)
+        waiting.put(line)
     os._exit(0)
 
 
+def run() -> None:
+    """`moebench ...`, with this file in place of the worker; it can also pause where files are written."""
+    from moebench import run as product
+    from moebench.cli import main
+
+    sync, syncs, write_results = os.fsync, itertools.count(1), product.write_results
+
+    def paused_sync(descriptor: int) -> None:
+        if next(syncs) == 2:  # the manifest was the first, the first block is the second
+            pause("fsync")
+        sync(descriptor)
+
+    def paused_results(*arguments: Any) -> None:
+        pause("results")
+        write_results(*arguments)
+
+    os.fsync, product.write_results = paused_sync, paused_results
+    sys.executable = os.environ["STAND_IN_PYTHON"]  # a script that starts `stand_in.py serve`
+    main()
+
+
 if __name__ == "__main__":
-    serve()
+    {"serve": serve, "run": run}[sys.argv.pop(1)]()
