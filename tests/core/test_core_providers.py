@@ -1,0 +1,257 @@
+"""Every shipped provider against the oracle, on the shapes where implementations break."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from core_arms import arm_of, bench_of, layer_of, router, shared, user_kernel, verdict_of
+
+from moebench.catalogue.spec import LayerSpec
+from moebench.catalogue.support import BUILT_ACTIVATIONS
+from moebench.point import STAGES
+from moebench.providers import PROVIDERS, base
+from moebench.providers.base import Case
+from moebench.providers.load import load
+
+EAGER = ["torch-loop", "torch-bmm", "torch-grouped", "torch-dense", "dense-ffn"]
+STAGED = ["torch-bmm", "torch-grouped"]
+CAPACITIES = ["dropless", 1.0, 0.5]
+# T, E, K: one of each; all experts; more experts than assignments (idle ones); one pick.
+SHAPES = [(1, 1, 1), (5, 1, 1), (1, 8, 2), (5, 3, 2), (5, 8, 1), (37, 3, 3), (37, 8, 2), (37, 8, 8)]
+
+
+def passes(provider: str, layer: LayerSpec, tokens: int = 37, **more: Any) -> None:
+    verdict = verdict_of(provider, layer, tokens, **more)
+    assert verdict.wrong is None, f"{layer} {tokens} {more}: {verdict.wrong}"
+    assert verdict.rel_error is not None
+
+
+def test_the_table_is_covered() -> None:
+    """A provider that is added must be added here."""
+    assert set(PROVIDERS) == {*EAGER, "torch-compile", "triton"}
+
+
+@pytest.mark.parametrize("scope", ["experts", "layer"])
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("provider", EAGER)
+def test_shapes(provider: str, capacity: Any, direction: str, scope: str) -> None:
+    for tokens, experts, top_k in SHAPES:
+        passes(provider, layer_of(experts, top_k), tokens, capacity=capacity, direction=direction, scope=scope)
+
+
+@pytest.mark.parametrize("scope", ["experts", "layer"])
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("provider", EAGER)
+def test_activations(provider: str, direction: str, scope: str) -> None:
+    for activation in BUILT_ACTIVATIONS:
+        for capacity in ("dropless", 0.5):
+            layer = layer_of(activation=activation)
+            passes(provider, layer, 9, capacity=capacity, direction=direction, scope=scope)
+
+
+@pytest.mark.parametrize("provider", EAGER)
+def test_built_activations_are_the_catalogue_s(provider: str) -> None:
+    assert load(provider).activations == base.BUILT_ACTIVATIONS == BUILT_ACTIVATIONS
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("combine", ["add", "sigmoid_gate"])
+@pytest.mark.parametrize("provider", EAGER)
+def test_shared_experts(provider: str, combine: str, direction: str) -> None:
+    for activation in ("swiglu", "relu"):
+        layer = shared(combine, activation=activation)
+        passes(provider, layer, 9, scope="layer", direction=direction)
+        passes(provider, layer, 9, scope="experts", direction=direction)  # runs without them
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize(
+    "spec",
+    [router("softmax_topk", normalise=True), router("softmax_topk", scale=2.5), router("topk_softmax"),
+     router("topk_softmax", scale=0.5), router("switch_top1")],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("provider", EAGER)
+def test_routers(provider: str, spec: Any, direction: str) -> None:
+    layer = layer_of(8, 1 if spec.kind == "switch_top1" else 3, router=spec)
+    for traffic in ("balanced", "router"):
+        passes(provider, layer, 12, scope="layer", direction=direction, traffic=traffic)
+
+
+@pytest.mark.parametrize("scope", ["experts", "layer"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("provider", EAGER)
+def test_16_bits(provider: str, precision: str, scope: str) -> None:
+    for direction in ("forward", "forward_backward"):
+        for capacity in ("dropless", 0.5):
+            layer = layer_of(8, 2, hidden=64, ffn=32)
+            passes(provider, layer, 21, precision=precision, direction=direction, scope=scope, capacity=capacity)
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("provider", EAGER)
+def test_everything_to_one_expert(provider: str, direction: str) -> None:
+    """Seven of eight experts are idle: their gradients are exactly zero, whatever the layout pads with."""
+    layer = layer_of(8, 1)
+    for capacity in CAPACITIES:
+        for scope in ("experts", "layer"):
+            more = {"traffic": "zipf:20", "capacity": capacity, "direction": direction, "scope": scope}
+            passes(provider, layer, 37, **more)
+    arm = arm_of(provider, bench_of(layer, traffic="zipf:20"))
+    assert arm.routing_facts()["active_experts"] == 1
+
+
+@pytest.mark.parametrize("provider", EAGER)
+def test_more_tokens_than_are_sampled(provider: str) -> None:
+    for direction in ("forward", "forward_backward"):
+        passes(provider, layer_of(), 700, direction=direction, capacity=1.0)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("scope", STAGES)
+@pytest.mark.parametrize("provider", STAGED)
+def test_stages(provider: str, scope: str, capacity: Any) -> None:
+    for tokens, experts, top_k in SHAPES:
+        for activation in ("swiglu", "gelu"):
+            passes(provider, layer_of(experts, top_k, activation=activation), tokens, scope=scope, capacity=capacity)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("provider", STAGED)
+def test_stages_in_16_bits(provider: str, precision: str) -> None:
+    for scope in STAGES:
+        passes(provider, layer_of(8, 2, hidden=64, ffn=32), 21, scope=scope, precision=precision)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+def test_same_inputs_same_answer(direction: str, capacity: Any) -> None:
+    """Not only near the oracle each: near each other, gradients included."""
+    for layer in (shared("sigmoid_gate"), layer_of(activation="relu")):
+        bench = bench_of(layer, direction=direction)
+        for scope in ("experts", "layer"):
+            answers = {name: _answer(name, bench, scope, capacity) for name in EAGER if name != "dense-ffn"}
+            first = answers.pop("torch-loop")
+            for name, answer in answers.items():
+                assert answer.keys() == first.keys(), name
+                for part, value in answer.items():
+                    torch.testing.assert_close(value, first[part], rtol=1e-4, atol=1e-5, msg=lambda text, n=name, p=part: f"{n} {p}: {text}")
+
+
+def _answer(provider: str, bench: Any, scope: str, capacity: Any) -> dict[str, torch.Tensor]:
+    arm = arm_of(provider, bench, scope=scope, capacity=capacity)
+    output, grads = arm._execute(arm.buffers[1], arm.scoped[1])
+    kept = (arm.buffers[1].ids >= 0).float()
+    grads = {name: value.clone() for name, value in grads.items()}
+    if "weights" in grads:
+        grads["weights"] *= kept  # what a dropped weight would earn is undefined
+    return {"y": output.detach(), **grads}
+
+
+@pytest.mark.parametrize("provider", EAGER)
+def test_calls_rotate_over_the_draws_and_repeat(provider: str) -> None:
+    arm = arm_of(provider, bench_of(layer_of()))
+    outputs = [arm.call(index).clone() for index in range(4)]
+    assert torch.equal(arm.call(2), outputs[2])
+    assert all(not torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("provider", EAGER)
+def test_gradients_do_not_pile_up_over_calls(provider: str) -> None:
+    arm = arm_of(provider, bench_of(layer_of(), direction="forward_backward"))
+    arm.call(0)
+    once = arm.state.weights.w_down.grad.clone()
+    arm.call(0)
+    assert torch.equal(arm.state.weights.w_down.grad, once)
+
+
+def test_dense_ffn_is_the_first_k_experts_with_weight_one() -> None:
+    """Another function by design: it ignores the routing and reports no fidelity."""
+    bench = bench_of(layer_of(8, 3))
+    arm = arm_of("dense-ffn", bench)
+    y, weights = arm.call(0), bench.weights
+    want = sum(
+        base.activate(arm.buffers[0].x @ weights.w_gate_up[expert].T, "swiglu") @ weights.w_down[expert].T for expert in range(3)
+    )
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+    assert arm.check().fidelity_error is None
+
+
+def test_fidelity_is_what_dropping_costs() -> None:
+    errors = [verdict_of("torch-loop", layer_of(), capacity=capacity).fidelity_error for capacity in ("dropless", 2.0, 1.0, 0.5)]
+    assert errors[0] < 1e-6
+    assert errors[1:] == sorted(errors[1:])
+    assert errors[-1] > 0.3
+
+
+def test_fidelity_is_what_the_precision_costs() -> None:
+    layer = layer_of(hidden=64, ffn=64)
+    errors = [verdict_of("torch-loop", layer, precision=precision).fidelity_error for precision in ("fp32", "fp16", "bf16")]
+    assert errors[0] < 1e-5 < errors[1] < errors[2] < 0.03
+
+
+# What is refused, and how it is said.
+
+
+def case(**more: Any) -> Case:
+    base_case = Case(layer_of(), 8, "forward", "fp32", "dropless", "experts", "cpu")
+    return replace(base_case, **more)
+
+
+@pytest.mark.parametrize("provider", ["torch-loop", "torch-dense", "dense-ffn", "torch-compile", user_kernel("right")])
+@pytest.mark.parametrize("scope", STAGES)
+def test_one_function_has_no_stages(provider: str, scope: str) -> None:
+    assert f"has no stage '{scope}'" in load(provider).refuse(case(scope=scope))
+
+
+@pytest.mark.parametrize("provider", STAGED)
+def test_stages_are_forward_only(provider: str) -> None:
+    for scope in STAGES:
+        assert load(provider).refuse(case(scope=scope)) is None
+        assert load(provider).refuse(case(scope=scope, direction="forward_backward")) == "stages are measured forward only"
+
+
+@pytest.mark.parametrize("provider", EAGER)
+@pytest.mark.parametrize("activation", ["clamped_swiglu", "relu2"])
+def test_other_activations_are_refused_by_name(provider: str, activation: str) -> None:
+    assert load(provider).refuse(case(layer=layer_of(activation=activation))) == (
+        f"{provider} does not compute activation '{activation}'"
+    )
+
+
+def test_grouped_names_the_width_that_does_not_fit() -> None:
+    grouped = load("torch-grouped")
+    assert grouped.refuse(case(layer=layer_of(hidden=30))) == (
+        "grouped_mm needs rows of a multiple of 16 bytes; hidden_size 30 in fp32 is not"
+    )
+    assert "expert_ffn_size 20 in bf16" in grouped.refuse(case(layer=layer_of(ffn=20), precision="bf16"))
+    assert grouped.refuse(case(layer=layer_of(ffn=20))) is None
+    assert "hidden_size 30" in grouped.refuse(case(layer=layer_of(hidden=30), scope="up_projection"))
+
+
+def test_odd_widths_run_elsewhere() -> None:
+    for provider in ("torch-loop", "torch-bmm", "torch-dense", "dense-ffn"):
+        passes(provider, layer_of(3, 2, hidden=7, ffn=5), 5, direction="forward_backward", scope="layer")
+
+
+@pytest.mark.parametrize("provider", [*EAGER, "torch-compile"])
+def test_fingerprints_are_of_the_source(provider: str) -> None:
+    found = load(provider)
+    assert len(found.fingerprint()) == 16
+    assert found.fingerprint() == load(provider).fingerprint()
+    assert found.version.startswith("torch 2.")
+    assert not found.interpreted("cpu")
+
+
+def test_fingerprints_differ() -> None:
+    assert len({load(provider).fingerprint() for provider in EAGER}) == len(EAGER)
+    changed = replace(load("torch-loop"), version="torch 0.1")
+    assert changed.fingerprint() != load("torch-loop").fingerprint()
+
+
+def test_checked_on_names_the_shape() -> None:
+    assert arm_of("torch-loop", bench_of(layer_of())).checked_on == "T37 D32 F16 E8 K2"
