@@ -133,7 +133,9 @@ function earlierRow() {
     const start = Math.max(0, state.from - CHUNK);
     const fresh = state.order.slice(start, state.from).map(drawRow);
     state.from = start;
+    const [box, height] = [table.parentNode, table.offsetHeight];
     table.tBodies[0].firstChild.replaceWith(...(start ? [earlierRow()] : []), ...fresh);
+    box.scrollTop += table.offsetHeight - height;
   });
   return make("tr", { class: "earlier" }, make("td", { colspan: columns.length }, button));
 }

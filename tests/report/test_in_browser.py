@@ -156,12 +156,16 @@ def test_scrolling_draws_more_rows(page, pages):
 
 
 def test_a_row_opens_to_everything_known_about_it(page, pages):
-    page.open(pages["quick"])
-    page.driver.find_element("css selector", "#table .open").click()
+    page.open(pages["quick"], anchor="#r1-b0-olmoe-1b-7b-16-fp32-torch-bmm")
+    opener = page.driver.find_element("css selector", "#table tr.target .open")
+    before = opener.location
+    opener.click()
+    page.driver.execute_async_script("setTimeout(arguments[0], 200)")
+    assert opener.location == before
     text = page.js("document.querySelector('#table .detail').innerText")
     for fact in ("perf_counter", "provider version", "block id", "rounds"):
         assert fact in text
-    page.driver.find_element("css selector", "#table .open").click()
+    opener.click()
     assert page.js("document.querySelector('#table .detail')") is None
 
 
