@@ -41,7 +41,9 @@ def bench_of(
     return Bench(problem, weights, draws)
 
 
-def arm_of(provider: Any, bench: Bench, *, precision: str = "fp32", scope: str = "experts", capacity: Any = "dropless") -> Arm:
+def arm_of(
+    provider: Any, bench: Bench, *, precision: str = "fp32", scope: str = "experts", capacity: Any = "dropless"
+) -> Arm:
     """The provider (or its name) on the bench."""
     found = load(provider) if isinstance(provider, str) else provider
     return Arm(found, bench, Variant(found.name, precision, capacity, scope=scope), "cpu")

@@ -77,7 +77,9 @@ def _matches(pattern: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("function", ["drops_last_pick", "ignores_weights", "up_before_gate", "gelu_for_silu", "nan_in_one_row"])
+@pytest.mark.parametrize(
+    "function", ["drops_last_pick", "ignores_weights", "up_before_gate", "gelu_for_silu", "nan_in_one_row"]
+)
 def test_wrong_forward_is_caught_in_16_bits_too(function: str, precision: str) -> None:
     assert verdict_of(user_kernel("right"), layer_of(), precision=precision).wrong is None
     assert verdict_of(user_kernel(function), layer_of(), precision=precision).wrong is not None
@@ -85,7 +87,9 @@ def test_wrong_forward_is_caught_in_16_bits_too(function: str, precision: str) -
 
 def test_ignored_drops_are_caught() -> None:
     _matches(OFF, verdict_of(user_kernel("drops_nothing"), layer_of(), capacity=0.5).wrong)
-    assert verdict_of(user_kernel("drops_nothing"), layer_of(), capacity=8.0).wrong is not None  # it raises small weights
+    assert (
+        verdict_of(user_kernel("drops_nothing"), layer_of(), capacity=8.0).wrong is not None
+    )  # it raises small weights
     assert verdict_of(user_kernel("right"), layer_of(), capacity=8.0).wrong is None
 
 
@@ -202,7 +206,10 @@ def test_a_gate_of_another_shape_is_caught() -> None:
         ids, weights = torch_grouped.STAGES.gate(x, router, case)
         return ids[:, :1], weights[:, :1]
 
-    _matches(r"ids of shape \[37, 1\], not \[T, K\] = \[37, 2\]", verdict_of(staged(gate=fewer), layer_of(), scope="gate").wrong)
+    _matches(
+        r"ids of shape \[37, 1\], not \[T, K\] = \[37, 2\]",
+        verdict_of(staged(gate=fewer), layer_of(), scope="gate").wrong,
+    )
 
 
 def test_a_gate_that_forgets_to_renormalise_is_caught() -> None:
@@ -287,8 +294,12 @@ def test_a_plan_over_capacity_is_caught() -> None:
 
 WRONG_STAGES = {
     "permute": {"permute": lambda x, plan: torch_grouped.permute(x, plan).flip(0)},
-    "up_projection": {"up_projection": lambda rows, w, plan, act: torch_grouped.up_projection(rows, w.flip(0), plan, act)},
-    "down_projection": {"down_projection": lambda hidden, w, plan: torch_grouped.down_projection(hidden, w.flip(0), plan)},
+    "up_projection": {
+        "up_projection": lambda rows, w, plan, act: torch_grouped.up_projection(rows, w.flip(0), plan, act)
+    },
+    "down_projection": {
+        "down_projection": lambda hidden, w, plan: torch_grouped.down_projection(hidden, w.flip(0), plan)
+    },
     "combine": {"combine": lambda rows, weights, plan: torch_grouped.combine(rows, torch.ones_like(weights), plan)},
 }
 

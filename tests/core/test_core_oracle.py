@@ -1,4 +1,4 @@
-"""The oracle against the MoE blocks of Hugging Face transformers: same weights, float64, layer as read from the config."""
+"""The oracle against the MoE blocks of Hugging Face transformers: same weights in float64, layer read from the config."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": (
         "deepseek_v2",
         {"n_routed_experts": E, "num_experts_per_tok": K, "moe_intermediate_size": F, "n_shared_experts": 2,
-         "topk_method": "greedy", "routed_scaling_factor": 1.5, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
+         "topk_method": "greedy", "routed_scaling_factor": 1.5, "first_k_dense_replace": 0,
+         "n_group": 1, "topk_group": 1},
     ),
     "granitemoeshared": (
         "granitemoeshared",

@@ -139,7 +139,9 @@ def test_same_inputs_same_answer(direction: str, capacity: Any) -> None:
             for name, answer in answers.items():
                 assert answer.keys() == first.keys(), name
                 for part, value in answer.items():
-                    torch.testing.assert_close(value, first[part], rtol=1e-4, atol=1e-5, msg=lambda text, n=name, p=part: f"{n} {p}: {text}")
+                    torch.testing.assert_close(
+                        value, first[part], rtol=1e-4, atol=1e-5, msg=lambda text, n=name, p=part: f"{n} {p}: {text}"
+                    )
 
 
 def _answer(provider: str, bench: Any, scope: str, capacity: Any) -> dict[str, torch.Tensor]:
@@ -175,14 +177,18 @@ def test_dense_ffn_is_the_first_k_experts_with_weight_one() -> None:
     arm = arm_of("dense-ffn", bench)
     y, weights = arm.call(0), bench.weights
     want = sum(
-        base.activate(arm.buffers[0].x @ weights.w_gate_up[expert].T, "swiglu") @ weights.w_down[expert].T for expert in range(3)
+        base.activate(arm.buffers[0].x @ weights.w_gate_up[expert].T, "swiglu") @ weights.w_down[expert].T
+        for expert in range(3)
     )
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
     assert arm.check().fidelity_error is None
 
 
 def test_fidelity_is_what_dropping_costs() -> None:
-    errors = [verdict_of("torch-loop", layer_of(), capacity=capacity).fidelity_error for capacity in ("dropless", 2.0, 1.0, 0.5)]
+    errors = [
+        verdict_of("torch-loop", layer_of(), capacity=capacity).fidelity_error
+        for capacity in ("dropless", 2.0, 1.0, 0.5)
+    ]
     assert errors[0] < 1e-6
     assert errors[1:] == sorted(errors[1:])
     assert errors[-1] > 0.3
@@ -190,7 +196,9 @@ def test_fidelity_is_what_dropping_costs() -> None:
 
 def test_fidelity_is_what_the_precision_costs() -> None:
     layer = layer_of(hidden=64, ffn=64)
-    errors = [verdict_of("torch-loop", layer, precision=precision).fidelity_error for precision in ("fp32", "fp16", "bf16")]
+    errors = [
+        verdict_of("torch-loop", layer, precision=precision).fidelity_error for precision in ("fp32", "fp16", "bf16")
+    ]
     assert errors[0] < 1e-5 < errors[1] < errors[2] < 0.03
 
 
@@ -212,7 +220,9 @@ def test_one_function_has_no_stages(provider: str, scope: str) -> None:
 def test_stages_are_forward_only(provider: str) -> None:
     for scope in STAGES:
         assert load(provider).refuse(case(scope=scope)) is None
-        assert load(provider).refuse(case(scope=scope, direction="forward_backward")) == "stages are measured forward only"
+        assert (
+            load(provider).refuse(case(scope=scope, direction="forward_backward")) == "stages are measured forward only"
+        )
 
 
 @pytest.mark.parametrize("provider", EAGER)

@@ -18,7 +18,15 @@ GATED, UNGATED = layer_of(activation="swiglu"), layer_of(activation="relu")
 SHARED = [shared("add"), shared("sigmoid_gate"), shared("add", activation="gelu")]
 
 
-def work(layer: LayerSpec, tokens: int = 10, *, scope: str = "layer", direction: str = "forward", precision: str = "fp32", **routed):
+def work(
+    layer: LayerSpec,
+    tokens: int = 10,
+    *,
+    scope: str = "layer",
+    direction: str = "forward",
+    precision: str = "fp32",
+    **routed,
+):
     return point_work(Problem("m", layer, tokens, direction=direction), Variant("p", precision, scope=scope), **routed)
 
 
@@ -40,7 +48,9 @@ def test_ungated_experts_take_two_maps_for_three() -> None:
     assert (ungated.flops, ungated.weight_bytes) == (20 * 4 * D * F, 3 * 2 * D * F * 4)
 
 
-@pytest.mark.parametrize("layer", [GATED, UNGATED, *SHARED], ids=lambda layer: f"{layer.activation}-{layer.shared_combine}")
+@pytest.mark.parametrize(
+    "layer", [GATED, UNGATED, *SHARED], ids=lambda layer: f"{layer.activation}-{layer.shared_combine}"
+)
 def test_weight_bytes_are_those_of_the_tensors(layer: LayerSpec) -> None:
     bench = bench_of(layer, tokens=3, traffic="zipf:3", precision="bf16")
     hit = bench.draws[0].routing.ids.unique()
@@ -56,7 +66,9 @@ def test_weight_bytes_are_those_of_the_tensors(layer: LayerSpec) -> None:
 
 @pytest.mark.parametrize("scope", ["layer", "experts"])
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
-@pytest.mark.parametrize("layer", [GATED, UNGATED, *SHARED], ids=lambda layer: f"{layer.activation}-{layer.shared_combine}")
+@pytest.mark.parametrize(
+    "layer", [GATED, UNGATED, *SHARED], ids=lambda layer: f"{layer.activation}-{layer.shared_combine}"
+)
 def test_flops_are_what_pytorch_counts(layer: LayerSpec, direction: str, scope: str) -> None:
     """A loop over experts multiplies no padding, so its GEMMs are exactly the useful work."""
     bench = bench_of(layer, tokens=24, direction=direction)
@@ -65,7 +77,9 @@ def test_flops_are_what_pytorch_counts(layer: LayerSpec, direction: str, scope: 
     with FlopCounterMode(display=False) as counter:
         for index in range(4):
             arm.call(index)
-    found = work(layer, 24, scope=scope, direction=direction, active_experts=facts["active_experts"], kept=facts["kept"])
+    found = work(
+        layer, 24, scope=scope, direction=direction, active_experts=facts["active_experts"], kept=facts["kept"]
+    )
     assert 0 < facts["kept"] < 48
     assert counter.get_total_flops() == pytest.approx(4 * found.flops, rel=1e-12)
 

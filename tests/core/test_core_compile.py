@@ -1,0 +1,54 @@
+"""torch-compile: few cases, since each compiles C++."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from core_arms import arm_of, bench_of, layer_of, verdict_of
+
+from moebench.providers.base import Case
+from moebench.providers.torch_compiled import PROVIDER, traces_grouped
+
+
+def case(precision: str, hidden: int = 32) -> Case:
+    return Case(layer_of(hidden=hidden), 8, "forward", precision, "dropless", "experts", "cpu")
+
+
+def test_the_grouped_form_is_compiled_where_inductor_takes_it() -> None:
+    assert traces_grouped(case("bf16"))
+    assert not traces_grouped(case("fp32"))
+    assert not traces_grouped(case("fp16"))
+    assert not traces_grouped(case("bf16", hidden=36))  # rows of 72 bytes
+
+
+def test_executed_flops_are_those_of_the_form() -> None:
+    """One slot count for all experts in the bmm form; kept rows only in the grouped one."""
+    padded = arm_of(PROVIDER, bench_of(layer_of(), traffic="zipf:2")).routing_facts()
+    plain = arm_of("torch-bmm", bench_of(layer_of(), traffic="zipf:2")).routing_facts()
+    assert padded["executed_flops"] == plain["executed_flops"] > padded["kept"] * 6 * 32 * 16
+    kept = arm_of(PROVIDER, bench_of(layer_of(), traffic="zipf:2", precision="bf16"), precision="bf16").routing_facts()
+    assert kept["executed_flops"] == kept["kept"] * 6 * 32 * 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize(("capacity", "scope"), [("dropless", "experts"), (0.5, "layer")])
+def test_against_the_oracle(precision: str, direction: str, capacity: Any, scope: str) -> None:
+    layer = layer_of(8, 2, hidden=64, ffn=32)
+    verdict = verdict_of(
+        "torch-compile", layer, 21, precision=precision, direction=direction, capacity=capacity, scope=scope
+    )
+    assert verdict.wrong is None
+
+
+@pytest.mark.slow
+def test_one_token_and_other_loads() -> None:
+    """Dropless slot counts change from draw to draw: the compiled form must follow."""
+    arm = arm_of("torch-compile", bench_of(layer_of(), tokens=1))
+    assert arm.check().wrong is None
+    arm = arm_of("torch-compile", bench_of(layer_of(), tokens=37, traffic="zipf:1"))
+    eager = arm_of("torch-bmm", bench_of(layer_of(), tokens=37, traffic="zipf:1"))
+    for index in range(4):
+        assert (arm.call(index) - eager.call(index)).abs().max() < 1e-4
