@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from moebench.workload import Inputs
 
 CHECK_TOKENS = 256
+
+T = TypeVar("T")
 
 
 class Wrong(Exception):
@@ -26,6 +29,7 @@ class Answer:
         wanted_ids, wanted_weights: [T, K] of the dropless routing.
         output: whatever `run` returned.
         grads: gradients by name ("x", "weights", "w_gate_up", ...); empty for forward.
+        known: what the oracle has said on these inputs already, for all arms of the block.
     """
 
     inputs: Inputs
@@ -33,6 +37,14 @@ class Answer:
     wanted_weights: Tensor
     output: Any
     grads: dict[str, Tensor]
+    known: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    def once(self, key: tuple[Any, ...], ask: Callable[[], T]) -> T:
+        """The oracle's answer of that name, computed by the first arm that needs it."""
+        if key not in self.known:
+            self.known[key] = ask()
+        found: T = self.known[key]
+        return found
 
 
 def sample_tokens(ids: Tensor, limit: int = CHECK_TOKENS) -> Tensor:

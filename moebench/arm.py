@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,7 @@ class Bench:
     problem: Problem
     weights: Weights
     draws: tuple[Draw, ...]
+    known: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # the oracle's answers so far
 
     @cached_property
     def row_sums(self) -> dict[str, Tensor]:
@@ -104,9 +105,8 @@ class Arm:
         if changed:
             return Verdict(None, None, None, f"changed its input {changed[0]}")
         routing = judged.routing
-        answer = Answer(
-            inputs, routing.wanted_ids.to(self.device), routing.wanted_weights.to(self.device), output, grads
-        )
+        wanted = routing.wanted_ids.to(self.device), routing.wanted_weights.to(self.device)
+        answer = Answer(inputs, *wanted, output, grads, self.bench.known)
         return judge(self.provider, self.state, self.case, self.bench.weights, answer)
 
     def routing_facts(self) -> dict[str, float | None]:
@@ -132,6 +132,7 @@ class Arm:
         fresh = make_weights(problem.layer, self.variant.precision, str(weights.router.device), problem.seed).tensors()
         for name, value in weights.tensors().items():
             value.copy_(fresh[name])
+        self.bench.known.clear()  # the oracle may have been asked about the changed ones
         return changed[0]
 
     def _inputs(self, draw: Draw) -> Inputs:

@@ -7,7 +7,7 @@ cannot pass. Changed inputs are an error.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from moebench import oracle
 from moebench.answer import Answer, Wrong, sample_tokens, tensor_of
 from moebench.check_stages import STAGE_CHECKS
 from moebench.measure.errors import BACKWARD_FACTOR, NO_ERROR, Errors, errors_of, tolerance, verdict
-from moebench.point import STAGES
+from moebench.point import DROPLESS, STAGES
 from moebench.providers import torch_loop
 from moebench.providers.base import Case, State
 from moebench.workload import Inputs, Weights
@@ -46,7 +46,8 @@ def judge(provider: Any, state: State, case: Case, weights: Weights, answer: Ans
     except Wrong as why:
         return Verdict(None, None, None, str(why))
     worst, wrong = NO_ERROR, None
-    allowed = tolerance(case.precision, eager_errors(case, weights, answer.inputs))
+    eager = answer.once(("eager", case.capacity_factor), lambda: eager_errors(case, weights, answer.inputs))
+    allowed = tolerance(case.precision, eager)
     for gradient, errors in parts:
         worst = worst.worst(errors)
         wrong = wrong or _reason(gradient, errors, allowed)
@@ -97,16 +98,16 @@ def _check_whole(
     ids, given = inputs.ids[pick], inputs.weights[pick].detach()
     wanted, wanted_given = answer.wanted_ids[pick], answer.wanted_weights[pick]
     if provider.name == "dense-ffn":  # the yardstick's own oracle: the first K experts, weight 1, no routing
-        ids = wanted = torch.arange(case.layer.top_k, device=y.device).expand(len(pick), -1)
-        given = wanted_given = torch.ones(ids.shape, device=y.device)
-        case = replace(case, direction="forward")
-        expected = oracle.experts(case.layer, weights, x, ids, given.double())
-        expected = expected + oracle.shared(case.layer, weights, x) if case.scope == "layer" else expected
-        return [("", errors_of(y[pick], expected))], None
-    chosen, gates = _gates(case, weights, x, ids, given)
-    expected = reference(case, weights, x, chosen, gates)
-    all_chosen, all_gates = _gates(case, weights, x, wanted, wanted_given)
-    dropless = expected if torch.equal(chosen, all_chosen) else reference(case, weights, x, all_chosen, all_gates)
+        ids = torch.arange(case.layer.top_k, device=y.device).expand(len(pick), -1)
+        given = torch.ones(ids.shape, device=y.device)
+        dense = answer.once(("dense", case.scope), lambda: reference(case, weights, x, ids, given.double()))
+        return [("", errors_of(y[pick], dense))], None
+
+    def ask(ids: Tensor, given: Tensor) -> Tensor:
+        return reference(case, weights, x, *_gates(case, weights, x, ids, given))
+
+    expected = answer.once(("y", case.scope, case.capacity_factor), lambda: ask(ids, given))
+    dropless = answer.once(("y", case.scope, DROPLESS), lambda: ask(wanted, wanted_given))
     parts = [("", errors_of(y[pick], expected))]
     if case.direction == "forward_backward":
         parts += _check_gradients(case, weights, answer, pick)
@@ -116,17 +117,24 @@ def _check_whole(
 def _check_gradients(case: Case, weights: Weights, answer: Answer, pick: Tensor) -> list[tuple[str, Errors]]:
     """dX and d(weights) on the picked tokens, dW whole for a few experts, idle experts exactly zero."""
     inputs, grads = answer.inputs, answer.grads
+    key = ("gradients", case.scope, case.capacity_factor)
+    d_x, d_weights = answer.once(key, lambda: _token_gradients(case, weights, inputs, pick))
+    found = [("x", errors_of(_grad(grads, "x")[pick], d_x))]
+    if case.scope == "experts":
+        kept = inputs.ids[pick] >= 0  # what a dropped assignment's weight would earn is nobody's business
+        found.append(("weights", errors_of(_grad(grads, "weights")[pick] * kept, d_weights * kept)))
+    return found + _check_expert_gradients(case, weights, answer)
+
+
+def _token_gradients(case: Case, weights: Weights, inputs: Inputs, pick: Tensor) -> tuple[Tensor, Tensor]:
+    """The oracle's dX and d(weights) of the picked tokens."""
     assert inputs.upstream is not None
     x = inputs.x[pick].detach().double().requires_grad_()
     given = inputs.weights[pick].detach().double().requires_grad_()
     ids, gates = _gates(case, weights, x, inputs.ids[pick], given)
     y = reference(case, weights, x, ids, gates if case.scope == "layer" else given)
     y.backward(inputs.upstream[pick].double())
-    found = [("x", errors_of(_grad(grads, "x")[pick], _present(x)))]
-    if case.scope == "experts":
-        kept = inputs.ids[pick] >= 0  # what a dropped assignment's weight would earn is nobody's business
-        found.append(("weights", errors_of(_grad(grads, "weights")[pick] * kept, _present(given) * kept)))
-    return found + _check_expert_gradients(case, weights, answer)
+    return _present(x), _present(given)
 
 
 def _check_expert_gradients(case: Case, weights: Weights, answer: Answer) -> list[tuple[str, Errors]]:
@@ -138,10 +146,14 @@ def _check_expert_gradients(case: Case, weights: Weights, answer: Answer) -> lis
             raise Wrong(f"the gradient of {name} is not zero for experts that no token chose")
     active = counts.nonzero().flatten()
     some = active[torch.linspace(0, len(active) - 1, min(CHECK_EXPERTS, len(active))).long()]
+    key = ("expert gradients", case.scope, case.capacity_factor)
+    expected = answer.once(
+        key, lambda: {expert: _expert_gradients(case, weights, inputs, expert) for expert in some.tolist()}
+    )
     return [
-        (name, errors_of(_grad(answer.grads, name)[expert], expected))
-        for expert in some.tolist()
-        for name, expected in zip(names, _expert_gradients(case, weights, inputs, expert), strict=True)
+        (name, errors_of(_grad(answer.grads, name)[expert], gradient))
+        for expert, gradients in expected.items()
+        for name, gradient in zip(names, gradients, strict=True)
     ]
 
 

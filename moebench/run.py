@@ -229,6 +229,9 @@ class _Run:
 
     def _manifest(self, before: Manifest | None) -> Manifest:
         device_kind = self.hello["device_kind"]
+        points = self.suite.count(device_kind).points
+        if not points:
+            raise ValueError(f"{self.suite.name} has no point on {device_kind}: its sweeps are for another device")
         providers = {name: self._provider(name) for name in _named(self.suite, "provider", device_kind)}
         if before is not None:
             self._require_same(before, providers)
@@ -252,7 +255,7 @@ class _Run:
             hardware=None if hardware is None else dict(vars(hardware)),
             cost=cost_inputs(hardware),
             providers=providers,
-            points=self.suite.count(device_kind).points,
+            points=points,
             started_at=started,
         )
 

@@ -6,12 +6,12 @@ On a CPU they run in Triton's interpreter: verified, never timed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor
 
 import moebench_kernels as kernels
-from moebench.providers.base import Case, StagedProvider, Stages, source_digest
+from moebench.providers.base import Case, ExpertsFn, StagedProvider, Stages, source_digest
 
 available, why = kernels.triton_available()
 if not available:
@@ -48,12 +48,6 @@ def up_projection(rows: Tensor, w_gate_up: Tensor, plan: kernels.Plan, activatio
     return hidden
 
 
-def row_experts(plan: kernels.Plan) -> Tensor:
-    """The expert of each row: int64 [T*K]."""
-    rows = torch.arange(plan.n_rows, device=plan.offsets.device)
-    return torch.searchsorted(plan.offsets[1:].long(), rows, right=True)
-
-
 def limits(case: Case) -> str | None:
     """What the kernels do not take."""
     K, E = case.layer.top_k, case.layer.routed_experts
@@ -64,7 +58,13 @@ def limits(case: Case) -> str | None:
 
 @dataclass(frozen=True)
 class TritonProvider(StagedProvider):
-    """Fingerprinted by every kernel file, since any of them may change the answer."""
+    """The layer runs the fused form, which gathers in the first GEMM; the stages run one by one.
+
+    Fingerprinted by every kernel file, since any of them may change the answer.
+    """
+
+    def bind(self, case: Case) -> ExpertsFn:
+        return partial(kernels.moe_layer, activation=case.layer.activation)
 
     def fingerprint(self) -> str:
         functions = (kernels.topk_gate, kernels.routing_plan, kernels.permute, kernels.grouped_gemm,
@@ -80,7 +80,7 @@ STAGES = Stages(
     down_projection=kernels.down_projection,
     combine=kernels.combine,
     row_map=lambda plan: plan.row2assignment.long(),
-    row_experts=row_experts,
+    row_experts=lambda plan: plan.row2expert.long(),
 )
 PROVIDER = TritonProvider(
     "triton", plan, version=why.partition(",")[0].partition(" on ")[0], stages=STAGES, limits=limits,
