@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from moebench.point import Problem, Variant
 from moebench.providers.load import load
 from moebench.workload import DRAWS, make_draw, make_weights
 
+NUMBER = r"[0-9.]+(e[+-]\d+)?"
+OFF = rf"relative error {NUMBER} against the float64 oracle"
 USER_KERNELS = Path(__file__).parent / "user_kernels.py"
 
 
@@ -64,3 +67,10 @@ def verdict_of(
 def user_kernel(function: str) -> str:
     """The provider name of a function in user_kernels.py."""
     return f"{USER_KERNELS}:{function}"
+
+
+def assert_says(pattern: str, text: str | None) -> None:
+    """The reason is one line and holds the pattern."""
+    assert text is not None
+    assert re.search(pattern, text), text
+    assert "\n" not in text

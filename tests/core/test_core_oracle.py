@@ -1,4 +1,4 @@
-"""The oracle against the MoE blocks of Hugging Face transformers: same weights in float64, layer read from the config."""
+"""The oracle against the MoE blocks of Hugging Face transformers: same float64 weights, layer read from the config."""
 
 from __future__ import annotations
 
