@@ -197,7 +197,7 @@ class BlockRun:
                 entry.fail("skipped", NOTHING_TO_COMPARE)
             return
         for entry in timed:
-            entry.warmth = self._ask(entry, "warm", max_seconds=min(2.0, self.settings.budget.seconds_per_point)) or {}
+            entry.warmth = self._ask(entry, "warm", max_seconds=self.settings.budget.seconds_per_point / 2) or {}
         for entry in timed:
             if entry.live and entry.role == "arm":
                 entry.peak = self._ask(entry, "memory") or {}

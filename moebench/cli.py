@@ -255,7 +255,7 @@ def describe(model: str, tokens: int, precision: str, as_json: bool) -> None:
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option("--out", type=click.Path(path_type=Path), help="The page. [default: report.html in the first RUN]")
-@click.option("--baseline", help="Provider that the radar's ratios are taken against.")
+@click.option("--baseline", help="Provider or variant that ratios are taken against.")
 @click.option("--figures", type=click.Path(path_type=Path), metavar="DIR", help="Also write print figures (PDF, PNG).")
 @click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Also write a Markdown summary.")
 def report(

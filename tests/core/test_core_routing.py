@@ -48,6 +48,7 @@ def test_balanced_is_in_no_order() -> None:
     first, second = (chosen("balanced", 64, 8, 2, seed) for seed in (0, 1))
     assert not torch.equal(first, second)
     assert not torch.equal(first[:, 0], first[:, 0].sort().values)
+    assert not torch.equal(first[:4], first[4:8])  # four tokens use each of the eight experts once; they come mixed
 
 
 def test_uniform_is_uniform() -> None:
@@ -134,6 +135,7 @@ def test_draws_are_fixed_by_the_seed_and_differ_between_seeds(pattern: str) -> N
     assert torch.equal(first.routing.weights, again.routing.weights)
     assert torch.equal(first.upstream, again.upstream)
     assert not torch.equal(first.x, second.x)
+    assert not torch.equal(first.upstream, second.upstream)  # x alone also moves with the routing
     assert not torch.equal(first.routing.weights, second.routing.weights)
     other = make_draw(Problem("m", problem.layer, 32, pattern, seed=6), weights, 0)
     assert not torch.equal(first.x, other.x)
