@@ -21,10 +21,10 @@ def refusal(problem: Problem, variant: Variant) -> str | None:
                 return f"{problem.model}: {reasons[part]}"
     if "shared" in reasons and scope == "layer":
         return f"{problem.model}: {reasons['shared']}; scope 'experts' runs without it"
-    if "router" in reasons and problem.traffic == "router":
-        return f"{problem.model}: {reasons['router']}; traffic 'router' needs it, balanced or zipf traffic does not"
-    if "router" in reasons and scope in NEEDS_ROUTER:
-        return f"{problem.model}: {reasons['router']}; scope {scope!r} needs it, scope 'experts' does not"
+    if "router" in reasons and (scope in NEEDS_ROUTER or problem.traffic == "router"):
+        needs = f"traffic {problem.traffic!r}" if problem.traffic == "router" else f"scope {scope!r}"
+        without = "scope 'experts' under balanced, uniform, zipf or active traffic does not"
+        return f"{problem.model}: {reasons['router']}; {needs} needs it, {without}"
     if scope in NEEDS_ROUTER:
         cannot = _cannot_impose(problem) if problem.traffic != "router" else None
         return cannot or _cannot_hold(problem, variant)

@@ -130,6 +130,8 @@ def _axis_ratio(rows: pd.DataFrame, axis: str, baseline: str) -> pd.Series:
         return relative
     cost = rows[_LOWER_IS_BETTER[axis]].astype(float)
     paid: pd.Series = cost.where(cost > 0)
+    if axis == MEMORY:
+        paid = paid.where(~rows["flags"].map(lambda flags: "memory_below_resolution" in list(flags)))
     return _baseline_value(rows, paid, baseline) / paid
 
 

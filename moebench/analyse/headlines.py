@@ -17,7 +17,7 @@ import pandas as pd
 
 from moebench.analyse.numbers import ratio_text, significant, time_text
 from moebench.analyse.ratios import ROUNDS_FOR_95, paired
-from moebench.point import PRECISIONS, SCOPES
+from moebench.point import PRECISIONS, SCOPES, STAGES
 
 PRICE_OF_SPARSITY = "dense-ffn"
 Row = dict[Hashable, Any]
@@ -52,7 +52,7 @@ def headlines(table: pd.DataFrame) -> list[Headline]:
         table: from `name_rows`.
     """
     first = table[table["replicate"] == table.groupby(["run_id", "block_id"])["replicate"].transform("min")]
-    arms = first[first["role"] == "arm"]
+    arms = _whole(first[first["role"] == "arm"])
     contest = _contest(arms)
     best = _ranked(contest, 0)
     verdicts = best.join(_against(table, _ranked(contest, 1), best, "second"))
@@ -64,6 +64,12 @@ def headlines(table: pd.DataFrame) -> list[Headline]:
         _place(spoken.get(block) or _nothing(rows), parts.get(block, ""))
         for block, rows in _by_block(arms, without=set(spoken))
     ]
+
+
+def _whole(arms: pd.DataFrame) -> pd.DataFrame:
+    """Without stages timed alone, which are no contest of their own beside whole layers."""
+    whole = arms[~arms["scope"].isin(STAGES)]
+    return arms if whole.empty else whole
 
 
 def _contest(arms: pd.DataFrame) -> pd.DataFrame:

@@ -153,7 +153,7 @@ const CHARTS = {
     return { traces, layout: { xaxis: { ...axis("Tokens", tokens, "count", tokens), anchor: "y2" }, yaxis: low, yaxis2: high }, alt: `Load per expert: at ${tokens[tokens.length - 1]} tokens the busiest expert has ${significant(busiest[busiest.length - 1])} times the mean and ${significant(share[share.length - 1])} % of experts are active.` };
   },
   stages() {
-    const every = measured(choice.family).filter((row) => STAGES.includes(field("scope")[row]));
+    const every = measured(choice.family).filter((row) => STAGES.includes(field("scope")[row]) && field("role")[row] === "arm");
     if (!every.length) return { empty: "This run timed no stages; a suite with scope = [\"gate\", \"up_projection\", …] does." };
     choice.stageTokens = offer("stages", "stageTokens", "Tokens", distinct(every, "tokens"), choice.stageTokens, (value) => written(value, "count"));
     const rows = every.filter((row) => field("tokens")[row] === choice.stageTokens);

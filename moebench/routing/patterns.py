@@ -12,6 +12,7 @@ from moebench.traffic import Traffic
 # Draws behind the Monte Carlo estimate of expected active experts; at 4,096
 # token draws the estimate of a share moves by under 0.5 % between seeds.
 _ACTIVE_TOKEN_DRAWS = 4096
+_MAX_NOISE = 1 << 26  # float64 draws held at once: half a gigabyte
 
 
 def choose_experts(
@@ -72,6 +73,9 @@ def solve_alpha(fraction: float, at_tokens: int, top_k: int, routed_experts: int
     Raises:
         ValueError: no exponent gives it (below what K distinct experts need, or above uniform routing).
     """
+    if at_tokens * routed_experts > _MAX_NOISE:
+        limit = _MAX_NOISE // routed_experts
+        raise ValueError(f"traffic active:{fraction:g}@{at_tokens}: T is at most {limit} with {routed_experts} experts")
     generator = torch.Generator().manual_seed(0)
     batches = max(1, _ACTIVE_TOKEN_DRAWS // at_tokens)
     noise = _gumbel(batches * at_tokens, routed_experts, generator)
