@@ -1,4 +1,4 @@
-"""Users' kernels: two that are right, and one for each way to go wrong. Tests name them by path."""
+"""Users' kernels: two that are right, and one for each way to go wrong."""
 
 import ctypes
 import os

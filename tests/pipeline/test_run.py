@@ -210,7 +210,7 @@ def test_a_worker_lost_on_the_ceilings_leaves_them_unknown(tmp_path, crew):
 
 def test_a_worker_that_does_not_start_is_one_line(tmp_path, crew):
     crew.cues["", "hello"] = WorkerLost("crashed", "hello: the worker ended with exit code 1")
-    with pytest.raises(RunError, match=r"the worker does not start: hello: the worker ended with exit code 1; .*log"):
+    with pytest.raises(RunError, match=r"^the worker does not start: hello: the worker ended with exit code 1; .*log"):
         go(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """The real worker, one for all these tests: what it answers, also when a kernel raises, lies or prints."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -156,12 +157,34 @@ def test_what_an_interpreter_runs_is_checked_on_a_twin_and_not_timed(ask):
     assert "interpreter" in reply["checked_on"]
 
 
-def test_a_lost_worker_names_the_message_in_flight(tmp_path):
-    """A worker of its own, which it takes along."""
-    remote = Remote(tmp_path / "worker.log", {})
-    remote.ask("hello", deadline_s=120, device_kind="cpu")
-    remote.ask("open", deadline_s=60, **OPENED)
-    remote.ask("arm", deadline_s=60, index=0, variant=plain(Variant(f"{KERNELS}:closes_every_pipe")))
+@pytest.fixture
+def doomed(tmp_path):
+    """A worker of one's own, with a kernel of the given name ready to be checked."""
+    remotes = []
+
+    def start(kernel):
+        remotes.append(Remote(tmp_path / "worker.log", {}))
+        for do, arguments in (("hello", {"device_kind": "cpu"}), ("open", OPENED)):
+            remotes[0].ask(do, deadline_s=120, **arguments)
+        arm_of(lambda do, **arguments: remotes[0].ask(do, deadline_s=60, **arguments), kernel)
+        return remotes[0]
+
+    yield start
+    for remote in remotes:
+        remote.kill()
+
+
+def test_a_lost_worker_names_the_message_in_flight(doomed):
     with pytest.raises(WorkerLost) as lost:
-        remote.ask("check", deadline_s=60, index=0)
+        doomed("closes_every_pipe").ask("check", deadline_s=60, index=0)
     assert (lost.value.status, lost.value.reason) == ("crashed", "check: the worker ended with signal SIGKILL")
+
+
+def test_when_the_parent_goes_the_worker_goes_in_the_middle_of_what_it_runs(doomed):
+    process = doomed("hangs")._process
+    process.stdin.write('{"do": "check", "index": 0}\n')
+    process.stdin.flush()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.stdin.close()
+    assert process.wait(timeout=10) == 0
