@@ -18,6 +18,14 @@ PACKAGES = {"moebench": "moebench", "moebench_kernels": "kernels/moebench_kernel
 SHIPPED = {".py", ".toml", ".csv", ".html", ".js", ".css", ".typed"}
 
 
+def alone(words, folder):
+    """A command that knows nothing of the checkout."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(
+        [str(word) for word in words], cwd=folder, env=kept, capture_output=True, text=True, timeout=900, check=False
+    )
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     """Built from a copy, so that nothing of an earlier build is in it and the checkout stays as it is."""
@@ -26,8 +34,7 @@ def wheel(tmp_path_factory):
         shutil.copy(CHECKOUT / name, copy)
     for name in ("moebench", "kernels", "suites", "tests"):
         shutil.copytree(CHECKOUT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = [sys.executable, "-m", "pip", "wheel", str(copy), "--no-deps", "--quiet", "--wheel-dir", str(out)]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=600, check=False)
+    done = alone([sys.executable, "-m", "pip", "wheel", copy, "--no-deps", "--quiet", "--wheel-dir", out], out)
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("*.whl")
     return path
@@ -54,21 +61,14 @@ def elsewhere(wheel, tmp_path_factory):
     home = tmp_path_factory.mktemp("venv")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
     python = home / "bin" / "python"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(install, check=True, capture_output=True)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
+    done = alone(install, home)
+    assert done.returncode == 0, done.stderr
     (site,) = home.glob("lib/python*/site-packages")
     libraries = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
     # PyTorch is borrowed: a path in a .pth file is searched last, and the .pth files it holds are not read.
     (site / "borrowed.pth").write_text("\n".join(sorted(libraries)) + "\n")
     return home / "bin"
-
-
-def alone(words, folder):
-    """A command that knows nothing of the checkout."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return subprocess.run(
-        [str(word) for word in words], cwd=folder, env=kept, capture_output=True, text=True, timeout=900, check=False
-    )
 
 
 def test_nothing_is_taken_from_the_checkout(elsewhere, tmp_path):
