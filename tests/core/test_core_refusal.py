@@ -33,7 +33,7 @@ def reason(model: str | LayerSpec, scope: str, traffic: str = "balanced", precis
         ("gpt-oss-20b", "plan", "router", ["with a bias on its logits", "traffic 'router' needs it"]),
         ("arctic-480b", "layer", "balanced", ["form 'residual' is not built yet", "scope 'experts' runs without it"]),
         ("arctic-480b", "layer", "router", ["'residual'"]),
-        ("llama4-scout", "layer", "balanced", ["router 'sigmoid_input' is not built yet", "scope 'experts' under balanced"]),
+        ("llama4-scout", "layer", "balanced", ["'sigmoid_input' is not built yet", "scope 'experts' under balanced"]),
         ("llama4-scout", "experts", "router", ["router 'sigmoid_input' is not built yet", "traffic 'router' needs it"]),
     ],
 )  # fmt: skip
