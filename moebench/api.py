@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moebench.run import Options, Outcome, run_suite
+from moebench.options import Options
+from moebench.run import Outcome, run_suite
 from moebench.suite import load_suite
 
 

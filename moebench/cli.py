@@ -12,7 +12,8 @@ import click
 from moebench import __version__
 
 if TYPE_CHECKING:
-    from moebench.run import Options, Outcome
+    from moebench.options import Options
+    from moebench.run import Outcome
     from moebench.suite import Suite
 
 DEFAULT_SUITE = "quick"
@@ -126,7 +127,7 @@ def run_suite(
     if dry_run:
         _print_plan(suite, device, as_json)
         return
-    from moebench.run import Options, default_command
+    from moebench.options import Options, default_command
 
     options = Options(
         out=out or _default_out(suite, resume),
@@ -141,7 +142,8 @@ def run_suite(
 
 
 def _run(suite: Suite, options: Options, *, report: bool, as_json: bool) -> None:
-    from moebench.run import resume_command, run_suite
+    from moebench.options import resume_command
+    from moebench.run import run_suite
     from moebench.terminal import LiveProgress, outcome_lines
 
     with LiveProgress(suite) as progress:

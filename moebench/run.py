@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from moebench import __version__
 from moebench.analyse.load import write_results
 from moebench.block_run import BlockRun, Settings, entries_of
-from moebench.catalogue.cost import cost_inputs
-from moebench.catalogue.hardware import Hardware, hardware_table, match
+from moebench.catalogue.hardware import Hardware, hardware_table
 from moebench.expand import VARIANT_DEFAULTS
 from moebench.failures import RunError
-from moebench.point import Block, digest
+from moebench.manifest import new_manifest, now, require_same
+from moebench.options import Options
+from moebench.point import Block
 from moebench.providers import is_file
 from moebench.record import FAULTS, GOOD, Manifest, Record
 from moebench.recording import Context, record_of, skipped
@@ -36,29 +30,6 @@ from moebench.work import BYTES_PER_WEIGHT
 
 START_DEADLINE_S = 300.0
 WEIGHTS_SHARE = 0.6  # of what is available; a block whose precisions need more together is split by precision
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run a suite.
-
-    Attributes:
-        out: the run directory.
-        resume: go on with it.
-        device: auto, cpu or cuda.
-        check_only: check every point, time none.
-        shard: (i, n), this run's share of the blocks.
-        hardware: a file of the user's hardware rows.
-        command: what to write into the manifest and to repeat for resuming.
-    """
-
-    out: Path
-    resume: bool = False
-    device: str = "auto"
-    check_only: bool = False
-    shard: tuple[int, int] = (1, 1)
-    hardware: Path | None = None
-    command: str = ""
 
 
 @dataclass
@@ -167,7 +138,7 @@ class _Run:
                 self.worker.kill()
                 self._start_worker()
             context = replace(self._context(manifest), replicate=replicate)
-            for block in self._blocks():
+            for block in self._blocks(manifest):
                 if all((entry.point_id, replicate) in done for entry in self._entries(block)):
                     continue
                 if time.monotonic() > deadline:
@@ -188,7 +159,7 @@ class _Run:
         records = self.directory.records()
         rest = self._rest(manifest, records) if left_out else iter(())
         write_results(chain(records, rest), self.directory.results)
-        ended = manifest.model_copy(update={"finished": finished, "finished_at": _now()})
+        ended = manifest.model_copy(update={"finished": finished, "finished_at": now()})
         self.directory.write_manifest(ended)
         outcome = Outcome(self.options.out, interrupted=finished == "interrupted")
         for record in records:
@@ -204,14 +175,15 @@ class _Run:
         reason = "not reached before the run was interrupted or its budget of seconds_total was used up"
         for replicate in range(self.suite.replicates):
             context = replace(self._context(manifest), replicate=replicate)
-            for block in self._blocks():
+            for block in self._blocks(manifest):
                 for entry in self._entries(block):
                     if (entry.point_id, replicate) not in done:
                         yield skipped(entry, block, context, reason)
 
-    def _blocks(self) -> Iterator[Block]:
+    def _blocks(self, manifest: Manifest) -> Iterator[Block]:
+        available = manifest.machine["available_bytes"]  # at the start, so that resuming splits blocks alike
         blocks = shard(self.suite.blocks(self.hello["device_kind"]), *self.options.shard)
-        return chain.from_iterable(_split_for_memory(block, self.hello["available_bytes"]) for block in blocks)
+        return chain.from_iterable(_split_for_memory(block, available) for block in blocks)
 
     def _entries(self, block: Block) -> list[Any]:
         return list(entries_of(block, yardsticks=not self.options.check_only))
@@ -234,30 +206,10 @@ class _Run:
             raise ValueError(f"{self.suite.name} has no point on {device_kind}: its sweeps are for another device")
         providers = {name: self._provider(name) for name in _named(self.suite, "provider", device_kind)}
         if before is not None:
-            self._require_same(before, providers)
+            require_same(before, self.suite, self.options, self.hello, providers)
             return before.model_copy(update={"sessions": before.sessions + 1, "finished": None, "finished_at": None})
-        hardware = match(self.hello["device"], self.table)
-        started = _now()
-        return Manifest(
-            run_id=hashlib.sha256(f"{started}{os.getpid()}{self.options.out}".encode()).hexdigest()[:12],
-            suite=self.suite.name,
-            question=self.suite.question,
-            suite_hash=self._suite_hash(),
-            suite_text=self.suite.text,
-            overrides={axis: list(values) for axis, values in self.suite.overrides.items()},
-            command=self.options.command,
-            **_git(),
-            device=self.hello["device"],
-            device_kind=device_kind,
-            versions={"moebench": __version__, **self.hello["versions"]},
-            machine={**self.hello["machine"], "cache_bytes": self.hello["cache_bytes"]},
-            ceilings=None if self.options.check_only else self._ceilings(),
-            hardware=None if hardware is None else dict(vars(hardware)),
-            cost=cost_inputs(hardware),
-            providers=providers,
-            points=points,
-            started_at=started,
-        )
+        ceilings = None if self.options.check_only else self._ceilings()
+        return new_manifest(self.suite, self.options, self.hello, self.table, providers, ceilings)
 
     def _ceilings(self) -> Reply | None:
         assert self.worker is not None
@@ -282,23 +234,6 @@ class _Run:
             raise ValueError(f"provider {found['unavailable']}")
         return found
 
-    def _require_same(self, before: Manifest, providers: dict[str, dict[str, Any]]) -> None:
-        """Resuming may only go on with what was begun."""
-        changed = []
-        if before.suite_hash != self._suite_hash():
-            changed.append("the suite file, its overrides, --shard or --check-only")
-        if before.device != self.hello["device"]:
-            changed.append(f"the device ({before.device} then, {self.hello['device']} now)")
-        for name, facts in providers.items():
-            then = before.providers.get(name, {})
-            if then.get("hash") != facts.get("hash"):
-                changed.append(f"provider {name} ({_state(then)} then, {_state(facts)} now)")
-        if changed:
-            raise ValueError(f"{self.options.out} cannot be resumed, since this changed: {'; '.join(changed)}")
-
-    def _suite_hash(self) -> str:
-        return digest([self.suite.digest, list(self.options.shard), self.options.check_only])
-
     def _context(self, manifest: Manifest) -> Context:
         return Context(
             run_id=manifest.run_id,
@@ -313,14 +248,6 @@ class _Run:
     def _deadline(self) -> float:
         total = self.suite.budget.seconds_total
         return float("inf") if total is None else time.monotonic() + total
-
-
-def resume_command(options: Options) -> str:
-    """What to type to go on."""
-    words = options.command.split(" ") if options.command else ["moebench", "run", "suite"]
-    if "--out" not in options.command:
-        words += ["--out", shlex.quote(str(options.out))]
-    return " ".join(words if "--resume" in words else [*words, "--resume"])
 
 
 def _split_for_memory(block: Block, available_bytes: int) -> list[Block]:
@@ -342,34 +269,6 @@ def _named(suite: Suite, axis: str, device_kind: str) -> list[str]:
     return list(dict.fromkeys(value for sweep in sweeps for value in sorted(map(str, sweep.values(axis) or [default]))))
 
 
-def _state(facts: dict[str, Any]) -> str:
-    if "unavailable" in facts:
-        return "unavailable"
-    return f"{facts.get('version')} with source {facts.get('hash')}" if facts else "not part of it"
-
-
-def _git() -> dict[str, Any]:
-    """Commit and dirtiness of the checkout that moebench runs from; nulls outside one."""
-    here = Path(__file__).resolve().parent.parent
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", "moebench/run.py") is None:
-        return {"git_commit": None, "git_dirty": None}
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 @contextmanager
 def _stops_on_sigterm() -> Iterator[None]:
     """SIGTERM ends a run as Ctrl-C does; the handler is put back."""
@@ -386,8 +285,3 @@ def _stops_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def default_command(argv: Sequence[str] | None = None) -> str:
-    """The command line, as one would type it again."""
-    return "moebench " + shlex.join(sys.argv[1:] if argv is None else argv)

@@ -9,7 +9,8 @@ from functools import cache
 import pytest
 from pipeline.tiny import CHECKOUT, environment, write_suite
 
-from moebench.run import Options, run_suite
+from moebench.options import Options
+from moebench.run import run_suite
 from moebench.suite import load_suite
 
 HEAVY = {"torch", "triton", "numpy", "pandas", "pyarrow", "pydantic", "scipy", "plotly", "seaborn", "matplotlib",

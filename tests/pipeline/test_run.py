@@ -11,10 +11,11 @@ import pytest
 from pipeline.tiny import records, write_suite, written_points
 
 from moebench.failures import RunError
+from moebench.options import Options, default_command, resume_command
 from moebench.point import digest
 from moebench.record import COLUMNS, PERFORMANCE
 from moebench.remote import WorkerLost
-from moebench.run import Options, Progress, default_command, resume_command, run_suite
+from moebench.run import Progress, run_suite
 from moebench.run_directory import RunDirectory
 from moebench.suite import load_suite
 
