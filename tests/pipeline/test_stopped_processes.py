@@ -37,10 +37,15 @@ def straw(tmp_path):
     return start
 
 
-def started(words, folder, env, **options):
+def started(words, folder, env, limit=lambda: None):
+    def prepare():
+        # A test run started in the background by a shell ignores SIGINT, and children would inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        limit()
+
     return subprocess.Popen(
         [sys.executable, *words], cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True, **options,
+        start_new_session=True, preexec_fn=prepare,
     )  # fmt: skip
 
 
@@ -184,7 +189,7 @@ def small(request, tmp_path):
     """(folder, options that make its files end early, a way to end that)."""
     if request.param == "file size":
         size = 16_000
-        limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+        limit = {"limit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
         yield tmp_path / "run", limit, lambda: None, "File too large"
         return
     folder = tmp_path / "run"
