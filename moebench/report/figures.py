@@ -6,6 +6,7 @@ One figure of each kind a run; panels are the families (layer and traffic) with 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from moebench.report.html import joined
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 PANELS = 4
@@ -124,7 +126,8 @@ def _panels(
     grid = figure.subplots(down, across, squeeze=False)
     for ax, family in zip(grid.flat, families, strict=False):
         draw(ax, arms[arms["family"] == family], looks)
-        ax.set_title(str(family), fontsize=9, loc="left")
+        _log_ticks(ax.yaxis)
+        ax.set_title(textwrap.fill(str(family), 36), fontsize=8.5, loc="left")
     for ax in list(grid.flat)[len(families) :]:
         ax.remove()
     _legend(figure, list(grid.flat)[: len(families)])
@@ -145,9 +148,9 @@ def _latency(ax: Axes, part: pd.DataFrame, looks: dict[str, Any]) -> None:
                     **looks[str(variant)])  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="Tokens", ylabel="Latency of one layer, ms")
     tokens = sorted(part["tokens"].unique())
+    _log_ticks(ax.xaxis)
     if len(tokens) <= 8:
         ax.set_xticks(tokens, [f"{count:,}" for count in tokens])
-        ax.minorticks_off()
 
 
 def _pareto(ax: Axes, part: pd.DataFrame, looks: dict[str, Any]) -> None:
@@ -162,20 +165,22 @@ def _pareto(ax: Axes, part: pd.DataFrame, looks: dict[str, Any]) -> None:
     ax.set(
         xscale="log", yscale="log", xlabel=f"Latency at {part['tokens'].max():,} tokens, ms", ylabel="Fidelity error"
     )
-    _plain_ticks(ax, part["latency_ms"])
+    _log_ticks(ax.xaxis)
     low, high = part["fidelity_error"].min(), part["fidelity_error"].max()
     if low > 0:
         ax.set_ylim(low / 2, max(high, NOISE) * 2)
 
 
-def _plain_ticks(ax: Axes, values: pd.Series) -> None:
-    """Matplotlib labels every minor tick of a log axis that spans less than a decade; four are enough."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+def _log_ticks(axis: Axis) -> None:
+    """Few plain labels on a log axis: matplotlib labels every minor tick of a short one, in mathematical notation."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    if values.max() < 10 * values.min():
-        ax.xaxis.set_major_locator(MaxNLocator(4))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = sorted(axis.get_view_interval())
+    decades = np.log10(high / low)
+    near = MaxNLocator(4) if decades < 0.7 else LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=8)
+    axis.set_major_locator(near)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _roofline(ax: Axes, part: pd.DataFrame, looks: dict[str, Any], run: Run) -> None:
@@ -192,6 +197,7 @@ def _roofline(ax: Axes, part: pd.DataFrame, looks: dict[str, Any], run: Run) -> 
             ax.plot(x, np.minimum(x * ceiling["gbs"] / 1e3, peak), color="0.25", linewidth=1)
             ax.annotate(f"{precision} GEMM", (x[2], peak), ha="right", va="bottom", fontsize=7.5)
     ax.set(xscale="log", yscale="log", xlabel="FLOP per compulsory byte", ylabel="TFLOP/s")
+    _log_ticks(ax.xaxis)
 
 
 def _radar(system: Cap, rows: pd.DataFrame, looks: dict[str, Any]) -> Figure:
