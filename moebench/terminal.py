@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from moebench.point import Block
-from moebench.record import GOOD, Manifest, Record
+from moebench.record import Manifest, Record
 from moebench.run import Outcome, Progress
 from moebench.suite import Suite
 
+MOST_REASONS = 20
 STYLES = {"measured": "green", "verified": "cyan", "not_applicable": "dim", "unavailable": "dim", "skipped": "dim"}
 
 
@@ -74,14 +75,23 @@ def block_name(block: Block) -> str:
 
 
 def outcome_lines(outcome: Outcome) -> list[str]:
-    """How a run ended: the counts, then each reason for what is not good, once."""
+    """How a run ended: the counts, then each reason for what is not good, once, with those it concerns."""
     counts = ", ".join(f"{count} {status}" for status, count in outcome.counts.most_common()) or "nothing measured"
-    reasons = [
-        f"  {status}: {provider}" + (f" ({count} points)" if count > 1 else "") + f": {reason}"
-        for (provider, status, reason), count in outcome.reasons.most_common(20)
-        if status not in GOOD
+    concerned: dict[tuple[str, str], list[str]] = {}
+    points: Counter[tuple[str, str]] = Counter()
+    for (provider, status, reason), count in outcome.reasons.items():
+        concerned.setdefault((status, reason), []).append(provider)
+        points[status, reason] += count
+    listed = [
+        f"  {status}: {', '.join(concerned[status, reason])}{_times(count)}: {reason}"
+        for (status, reason), count in points.most_common(MOST_REASONS)
     ]
-    return [counts, *reasons]
+    rest = len(points) - len(listed)
+    return [counts, *listed] + ([f"  ... and {rest} more reasons, in the report"] if rest else [])
+
+
+def _times(count: int) -> str:
+    return f" ({count} points)" if count > 1 else ""
 
 
 def print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
