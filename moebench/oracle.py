@@ -56,18 +56,9 @@ def hidden(layer: LayerSpec, x: Tensor, w_in: Tensor) -> Tensor:
     return act(gates) * up
 
 
-def _gelu(z: Tensor) -> Tensor:
-    return z * 0.5 * (1 + torch.erf(z / 2**0.5))
-
-
-def _silu(z: Tensor) -> Tensor:
-    return z / (1 + torch.exp(-z))
-
-
-_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": _silu,
-    "geglu": _gelu,
-    "silu": _silu,
-    "gelu": _gelu,
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda z: z / (1 + torch.exp(-z)),
+    "gelu": lambda z: z * 0.5 * (1 + torch.erf(z / 2**0.5)),
     "relu": lambda z: z.clamp(min=0),
 }
+_ACTIVATION = {**_PLAIN, "swiglu": _PLAIN["silu"], "geglu": _PLAIN["gelu"]}
