@@ -273,6 +273,8 @@ class BlockRun:
         reply = self.worker.ask(do, deadline_s=self._deadline_s(entry, do), index=entry.index, **arguments)
         if "status" not in reply:
             return reply
+        if reply.get("fatal"):
+            raise WorkerLost("crashed", f"{do}: {reply['reason']}")
         entry.fail(reply["status"], reply["reason"])
         return None
 

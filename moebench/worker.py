@@ -209,6 +209,12 @@ def status_of(error: BaseException) -> str:
     return "not_applicable" if isinstance(error, NotImplementedError) else "failed"
 
 
+def breaks_device(error: BaseException) -> bool:
+    """Whether nothing can run on the device any more: a CUDA error other than lack of memory stays with the process."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and "CUDA error" in text and "out of memory" not in text
+
+
 def serve(requests: queue.Queue[str | None], replies: TextIO) -> None:
     """Answer requests until there are no more."""
     worker = Worker()
@@ -219,7 +225,7 @@ def serve(requests: queue.Queue[str | None], replies: TextIO) -> None:
             reply = handler(**request)
         except Exception as error:  # noqa: BLE001 - whatever a provider raises costs its own point only
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            reply = {"status": status_of(error), "reason": reason}
+            reply = {"status": status_of(error), "reason": reason, "fatal": breaks_device(error)}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 

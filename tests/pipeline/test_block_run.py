@@ -245,6 +245,17 @@ def test_who_has_passed_the_check_is_not_checked_again_after_a_restart():
     assert crew.workers[1].messages("check") == []
 
 
+def test_an_error_that_breaks_the_device_costs_its_own_point_and_a_fresh_worker():
+    crew = Crew({("torch-bmm", "burst"): {"status": "failed", "reason": "CUDA error: illegal address", "fatal": True}})
+    entries = run(crew)
+    assert len(crew.workers) == 2
+    assert (entries["torch-bmm"].status, entries["torch-bmm"].reason) == (
+        "crashed",
+        "burst: CUDA error: illegal address",
+    )
+    assert all(entries[name].samples_ms for name in EVERYONE - {"torch-bmm"})
+
+
 def test_everyone_may_die_in_turn():
     cues = {(name, step): WorkerLost("crashed", "gone") for name, step in zip(ARMS, STEPS, strict=False)}
     cues["copy", "yardstick"] = WorkerLost("crashed", "gone")

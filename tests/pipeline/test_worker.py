@@ -188,3 +188,18 @@ def test_when_the_parent_goes_the_worker_goes_in_the_middle_of_what_it_runs(doom
         process.wait(timeout=0.5)
     process.stdin.close()
     assert process.wait(timeout=10) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "fatal"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: out of memory"), False),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("CUDA error in a message of another kind"), False),
+    ],
+)
+def test_what_breaks_the_device_for_everyone(error, fatal):
+    from moebench.worker import breaks_device
+
+    assert breaks_device(error) is fatal
