@@ -125,6 +125,9 @@ def run_suite(
     suite = load_suite(sources or (DEFAULT_SUITE,), overrides, add_providers=added)
     share = parse_shard(shard)
     if dry_run:
+        from moebench.catalogue.hardware import hardware_table
+
+        hardware_table(hardware)  # a bad file is said now
         _print_plan(suite, device, as_json)
         return
     from moebench.options import Options, default_command
@@ -171,9 +174,13 @@ def _write_report(outcome: Outcome) -> Path | None:
 
 def _provider_choice(given: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """(providers that replace the suite's, providers that join them)."""
-    from moebench.providers import PROVIDERS
+    from moebench.providers import PROVIDERS, is_file
 
     names = [name for text in given for name in text.split(",")]
+    for name in filter(is_file, names):
+        path = name.rpartition(":")[0]
+        if not Path(path).expanduser().is_file():
+            raise ValueError(f"provider {name}: there is no file {path!r}")
     return ([], names) if names and not any(name in PROVIDERS for name in names) else (names, [])
 
 

@@ -173,6 +173,7 @@ def test_a_provider_file_that_is_missing_and_then_mistyped_and_then_right(here, 
     go = ["run", "suite", "tiny.toml", "--out", "run", "--no-report", "--provider", "kernel.py:experts"]
     result = cli(*go)
     assert (result.exit_code, ours(result)) == (2, ["provider kernel.py:experts: there is no file 'kernel.py'"])
+    (here / "kernel.py").write_text("def other(x): ...\n")
     crew.cues["kernel.py:experts", "provider"] = {"unavailable": "kernel.py:experts: 'kernel.py' has no 'experts'"}
     result = cli(*go)
     assert (result.exit_code, ours(result)) == (2, ["provider kernel.py:experts: 'kernel.py' has no 'experts'"])
@@ -380,3 +381,17 @@ def test_the_version(here):
 def test_python_m_moebench(here):
     done = moebench("--version", cwd=here)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--provider", "missing.py:f"], "provider missing.py:f: there is no file 'missing.py'"),
+        (["--hardware", "missing.csv"], "missing.csv"),
+    ],
+)
+def test_a_dry_run_looks_at_the_files_it_is_given(here, words, said):
+    write_suite(here)
+    result = cli("run", "suite", "tiny.toml", "--dry-run", *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
