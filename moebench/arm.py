@@ -12,13 +12,12 @@ from torch import Tensor
 from moebench.answer import Answer
 from moebench.catalogue.spec import LayerSpec
 from moebench.check import Verdict, judge
-from moebench.point import Problem, Variant
+from moebench.point import DRAWS, Problem, Variant
 from moebench.providers.base import Case, Provider
 from moebench.routing import TopK
 from moebench.routing.build import with_capacity
 from moebench.routing.logits import impose_logits
 from moebench.workload import (
-    DRAWS,
     Draw,
     Inputs,
     Weights,

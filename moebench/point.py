@@ -24,6 +24,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 LAYOUTS = ("single",)
 PHASES = ("prefill", "decode", "train", "")
 YARDSTICKS = ("copy", "read", "gemm")
+DRAWS = 4  # input and routing draws that rotate, the same for every arm
 
 
 @dataclass(frozen=True)

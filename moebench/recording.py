@@ -10,11 +10,9 @@ from moebench.block_run import Entry, work_of
 from moebench.catalogue.hardware import Hardware
 from moebench.derive import cost, limit_ms, performance
 from moebench.measure.latency import median_interval
-from moebench.point import DROPLESS, YARDSTICKS, Block, digest
+from moebench.point import DRAWS, DROPLESS, YARDSTICKS, Block, digest
 from moebench.record import Record
 from moebench.work import BYTES_PER_WEIGHT
-
-DRAWS = 4  # as in moebench.workload, which needs torch
 
 
 @dataclass(frozen=True)

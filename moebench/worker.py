@@ -21,9 +21,9 @@ import torch
 
 from moebench.arm import Arm, Bench, make_case
 from moebench.measure import ceilings, device, energy, latency, memory
-from moebench.point import Problem, Variant, problem_from_json
+from moebench.point import DRAWS, Problem, Variant, problem_from_json
 from moebench.providers.load import Unavailable, load
-from moebench.workload import DRAWS, Weights, make_draw, make_weights, weight_bytes
+from moebench.workload import Weights, make_draw, make_weights, weight_bytes
 from moebench.yardsticks import Yardstick, make_yardstick
 
 

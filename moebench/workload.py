@@ -19,7 +19,6 @@ from moebench.routing.build import with_capacity
 from moebench.routing.logits import impose_logits
 from moebench.traffic import parse_traffic
 
-DRAWS = 4  # input and routing draws that rotate, the same for every arm
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

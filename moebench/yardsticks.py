@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from moebench.measure.errors import NO_ERROR, Errors, errors_of, tolerance, verdict
-from moebench.workload import DRAWS, DTYPES
+from moebench.point import DRAWS
+from moebench.workload import DTYPES
 
 MIN_BYTES, MAX_BYTES = 64 << 20, 512 << 20
 

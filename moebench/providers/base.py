@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebench.catalogue.spec import LayerSpec
+from moebench.catalogue.support import BUILT_ACTIVATIONS
 from moebench.point import DROPLESS, STAGES
 from moebench.routing import apply_capacity, capacity_slots, route
 from moebench.workload import Inputs, Weights
@@ -86,9 +87,6 @@ def activate(rows: Tensor, activation: str) -> Tensor:
         return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * up
     plain: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
     return plain[activation](rows)
-
-
-BUILT_ACTIVATIONS = ("swiglu", "geglu", "relu", "gelu", "silu")
 
 
 @dataclass(frozen=True)

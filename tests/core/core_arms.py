@@ -9,9 +9,9 @@ from typing import Any
 from moebench.arm import Arm, Bench
 from moebench.catalogue.spec import LayerSpec, RouterSpec
 from moebench.check import Verdict
-from moebench.point import Problem, Variant
+from moebench.point import DRAWS, Problem, Variant
 from moebench.providers.load import load
-from moebench.workload import DRAWS, make_draw, make_weights
+from moebench.workload import make_draw, make_weights
 
 NUMBER = r"[0-9.]+(e[+-]\d+)?"
 OFF = rf"relative error {NUMBER} against the float64 oracle"
