@@ -6,7 +6,7 @@ ARGS ?=
 CONSTRAINTS ?= constraints.txt
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --quiet $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: run test test-quick lint format clean
+.PHONY: run test test-quick test-full lint format clean
 
 run: .venv/run
 	.venv/bin/moebench run suite $(SUITE) $(ARGS)
@@ -16,7 +16,11 @@ test: lint
 
 # Without the browser, the wheel and the long end-to-end runs.
 test-quick: .venv/dev
-	.venv/bin/python -m pytest -m "not browser and not wheel and not slow"
+	.venv/bin/python -m pytest -m "not browser and not wheel and not slow and not full"
+
+# Every kernel on the full product of shapes: hours in the interpreter.
+test-full: .venv/dev
+	.venv/bin/python -m pytest -m full
 
 lint: .venv/dev
 	.venv/bin/ruff check .

@@ -15,29 +15,39 @@ Shapes: ids [T, K], counts [E], offsets [E + 1], row2assignment [T*K], token2row
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moebench_kernels.checks import INTEGERS, check_launch, check_tensor
 from moebench_kernels.runtime import cdiv, jit, on_device, tl
+from moebench_kernels.tiles import tile_rows
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Where each assignment goes. All tensors on one device.
+
+    The tile map cuts each expert's rows into tiles of block_m, none across two experts; the rows that belong to
+    no expert come last, as group E. Its length is an upper bound, since the device alone knows the counts.
 
     Attributes:
         counts: int32 [E], rows of each expert.
         offsets: int32 [E + 1]; the rows of expert e are offsets[e] .. offsets[e + 1] - 1.
         row2assignment: int32 [T*K], the flat assignment t*K + k of each row; -1 from offsets[E] on.
         token2row: int32 [T, K], the row of assignment (t, k); -1 where dropped.
+        tile_offsets: int32 [E + 2]; the row tiles of group e are tile_offsets[e] .. tile_offsets[e + 1] - 1.
+        tile2expert: int32 [n_row_tiles], the group of each row tile; -1 from tile_offsets[E + 1] on.
+        block_m: rows of a tile.
     """
 
     counts: Tensor
     offsets: Tensor
     row2assignment: Tensor
     token2row: Tensor
+    tile_offsets: Tensor
+    tile2expert: Tensor
+    block_m: int
 
     @property
     def n_experts(self) -> int:
@@ -58,6 +68,11 @@ class Plan:
     def n_rows(self) -> int:
         """R = T*K, kept or not (how many are kept is known to the device only)."""
         return self.row2assignment.shape[0]
+
+    @property
+    def n_row_tiles(self) -> int:
+        """Upper bound of the row tiles."""
+        return self.tile2expert.shape[0]
 
     @property
     def row2token(self) -> Tensor:
@@ -81,12 +96,29 @@ def routing_plan_torch(ids: Tensor, n_experts: int) -> Plan:
     order = torch.sort(group, stable=True).indices
     counts = torch.bincount(group, minlength=n_experts + 1)[:n_experts].int()
     row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=ids.device))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
+    block_m = tile_rows(len(flat) / n_experts)
+    tile_offsets, tile2expert = tile_map_torch(offsets, len(flat), block_m)
     return Plan(
         counts=counts,
-        offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)]),
+        offsets=offsets,
         row2assignment=order.masked_fill(dropped[order], -1).int(),
         token2row=row.masked_fill(dropped, -1).int().view(ids.shape),
+        tile_offsets=tile_offsets,
+        tile2expert=tile2expert,
+        block_m=block_m,
     )
+
+
+def tile_map_torch(offsets: Tensor, n_rows: int, block_m: int) -> tuple[Tensor, Tensor]:
+    """Reference of the tile map: offsets [E + 1] -> tile_offsets [E + 2], tile2expert [n_row_tiles]."""
+    ends = torch.cat([offsets, offsets.new_full((1,), n_rows)])
+    tiles = (ends.diff() + block_m - 1) // block_m
+    tile_offsets = torch.cat([offsets.new_zeros(1), tiles.cumsum(0, dtype=torch.int32)])
+    bound = n_rows // block_m + min(len(offsets), n_rows)
+    tile = torch.arange(bound, dtype=torch.int32, device=offsets.device)
+    group = torch.searchsorted(tile_offsets[1:], tile, right=True, out_int32=True)
+    return tile_offsets, group.masked_fill(tile >= tile_offsets[-1], -1)
 
 
 @dataclass(frozen=True)
@@ -184,9 +216,10 @@ def routing_plan(ids: Tensor, n_experts: int) -> Plan:
     integers = {"dtype": torch.int32, "device": ids.device}
     counts = torch.zeros(n_experts, **integers)
     offsets = torch.zeros(n_experts + 1, **integers)
-    plan = Plan(counts, offsets, torch.full((n,), -1, **integers), torch.empty(ids.shape, **integers))
+    row2assignment, token2row = torch.full((n,), -1, **integers), torch.empty(ids.shape, **integers)
+    block_m = tile_rows(n / n_experts)
     if n == 0:
-        return plan
+        return Plan(counts, offsets, row2assignment, token2row, *tile_map_torch(offsets, n, block_m), block_m)
     blocks = torch.empty(n_blocks, n_experts, **integers)
     c = CONFIG
     with on_device(ids):
@@ -198,10 +231,10 @@ def routing_plan(ids: Tensor, n_experts: int) -> Plan:
         )
         torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
         _rank_kernel[(n_blocks,)](
-            ids, offsets, blocks, plan.row2assignment, plan.token2row, n, n_experts,
+            ids, offsets, blocks, row2assignment, token2row, n, n_experts,
             BLOCK_A=c.block_a, num_warps=c.num_warps,
         )  # fmt: skip
-    return plan
+    return Plan(counts, offsets, row2assignment, token2row, *tile_map_torch(offsets, n, block_m), block_m)
 
 
 def _check_n_experts(n_experts: int) -> None:
