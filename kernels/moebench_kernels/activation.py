@@ -2,12 +2,14 @@
 
 With the pre-activation z [R, 2F] = (gate, up) for gated kinds, z [R, F] otherwise:
 
-    swiglu  silu(gate) * up      silu(z) = z * sigmoid(z)
-    geglu   gelu(gate) * up      gelu(z) = z * Phi(z), Phi the normal distribution function (erf, not tanh)
+    swiglu          silu(gate) * up      silu(z) = z * sigmoid(z)
+    geglu           gelu(gate) * up      gelu(z) = z * Phi(z), Phi the normal distribution function (erf, not tanh)
+    clamped_swiglu  g * sigmoid(1.702 g) * (clamp(up, -7, 7) + 1), g = min(gate, 7)       (gpt-oss)
     relu, gelu, silu
 
-Backward, from da = dL/da, recomputes a = act(z):
-    gated: d_gate = da * up * s'(gate), d_up = da * s(gate);   ungated: dz = da * s'(z)
+so every gated kind is s(gate) * u(up). Backward, from da = dL/da, recomputes a = act(z):
+    gated: d_gate = da * u(up) * s'(gate), d_up = da * s(gate) * u'(up);   ungated: dz = da * s'(z)
+with s' and u' zero where the clamp cuts (and one-sided at its edge, as torch has it).
 
 The layer's backward has da before the router weight w of the row is applied; then the kernel uses w * da,
 and also returns w * a (for dW_down) and <da, a> = d_weight, which spares keeping the experts' answers
@@ -25,8 +27,9 @@ from torch.nn import functional
 from moebench_kernels.plan import Plan
 from moebench_kernels.runtime import cdiv, jit, next_power_of_2, on_device, tl
 
-GATED = {"swiglu": "silu", "geglu": "gelu"}
-ACTIVATIONS = ("swiglu", "geglu", "relu", "gelu", "silu")
+GATED = {"swiglu": "silu", "geglu": "gelu", "clamped_swiglu": "clamped"}  # activation -> KIND of the kernels
+ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu", "silu")
+LIMIT, SHARPNESS = 7.0, 1.702  # gpt-oss's; written out in the kernels, which may not read Python globals
 
 
 def input_maps(activation: str) -> int:
@@ -36,6 +39,10 @@ def input_maps(activation: str) -> int:
 
 def activate_torch(z: Tensor, activation: str) -> Tensor:
     """Reference: [R, mF] -> [R, F], in z's dtype."""
+    if activation == "clamped_swiglu":
+        gate, up = z.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+        return gate * torch.sigmoid(SHARPNESS * gate) * (up + 1)
     act = {"relu": functional.relu, "gelu": functional.gelu, "silu": functional.silu}[GATED.get(activation, activation)]
     if activation not in GATED:
         return act(z)
@@ -60,13 +67,16 @@ def activation_config(F: int) -> ActivationConfig:
 
 @jit
 def act(z, KIND: tl.constexpr):
-    """silu, gelu or relu of a float32 tile."""
+    """s(z) of a float32 tile: silu, gelu, relu, or gpt-oss's clamped form of silu."""
     if KIND == "silu":
         y = z * tl.sigmoid(z)
+    elif KIND == "clamped":
+        gate = tl.where(z > 7.0, 7.0, z)  # unlike minimum, keeps a NaN, as torch does
+        y = gate * tl.sigmoid(1.702 * gate)
     elif KIND == "gelu":
         y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     else:
-        y = tl.maximum(z, 0.0)
+        y = tl.where(z < 0.0, 0.0, z)
     return y
 
 
@@ -76,12 +86,30 @@ def act_slope(z, KIND: tl.constexpr):
     if KIND == "silu":
         s = tl.sigmoid(z)
         y = s * (1.0 + z * (1.0 - s))
+    elif KIND == "clamped":
+        gate = tl.where(z > 7.0, 7.0, z)
+        s = tl.sigmoid(1.702 * gate)
+        y = tl.where(z <= 7.0, s * (1.0 + 1.702 * gate * (1.0 - s)), 0.0)
     elif KIND == "gelu":
         density = tl.exp(-0.5 * z * z) * 0.3989422804014327
         y = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
     else:
         y = tl.where(z > 0.0, 1.0, 0.0)
     return y
+
+
+@jit
+def up_factor(up, KIND: tl.constexpr):
+    """u(up), which a gated kind multiplies s(gate) by."""
+    if KIND == "clamped":
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
+    return up
+
+
+@jit
+def up_slope(up, KIND: tl.constexpr):
+    """u'(up), as a factor: 1 but where the clamp cuts."""
+    return tl.where(tl.abs(up) <= 7.0, 1.0, 0.0) if KIND == "clamped" else 1.0
 
 
 @jit
@@ -110,7 +138,8 @@ def _activation_backward_kernel(
         slope = act_slope(z, KIND)
         if IS_GATED:
             up = tl.load(z_ptr + at_z + F, mask=inside, other=0.0).to(tl.float32)
-            d_up = a
+            d_up = a * up_slope(up, KIND)
+            up = up_factor(up, KIND)
             a = a * up
             slope = slope * up
         if WEIGHTED:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moebench_kernels.activation import GATED, act
+from moebench_kernels.activation import GATED, act, up_factor
 from moebench_kernels.checks import FLOATS, check_launch, check_same_dtype, check_tensor
 from moebench_kernels.plan import Plan
 from moebench_kernels.runtime import cdiv, interpreting, jit, next_power_of_2, on_device, tl
@@ -150,7 +150,7 @@ def _grouped_gemm_kernel(
     if KIND != "none":
         total = act(total, KIND)
     if IS_GATED:
-        total = total * total_up
+        total = total * up_factor(total_up, KIND)
     tl.store(out_ptr + row[:, None] * N + col[None, :], total.to(out_ptr.dtype.element_ty), mask=exists)
 
 

@@ -15,6 +15,13 @@ SCALARS: dict[str, Callable[[float], float]] = {
     "gelu": lambda z: z * (1 + math.erf(z / math.sqrt(2))) / 2,
     "relu": lambda z: max(z, 0.0),
 }
+GATES = {"swiglu": "silu", "geglu": "gelu"}
+
+
+def clamped(gate: float, up: float) -> float:
+    """gpt-oss's gated activation."""
+    gate, up = min(gate, 7.0), max(-7.0, min(up, 7.0))
+    return gate / (1 + math.exp(-1.702 * gate)) * (up + 1)
 
 
 def matvec(matrix: list[Vector], vector: Vector) -> Vector:
@@ -25,10 +32,11 @@ def matvec(matrix: list[Vector], vector: Vector) -> Vector:
 def expert(x: Vector, w_gate_up: list[Vector], activation: str) -> Vector:
     """The hidden vector of one expert."""
     z = matvec(w_gate_up, x)
-    if activation in ("swiglu", "geglu"):
-        half = len(z) // 2
-        act = SCALARS["silu" if activation == "swiglu" else "gelu"]
-        return [act(gate) * up for gate, up in zip(z[:half], z[half:], strict=True)]
+    pairs = list(zip(z[: len(z) // 2], z[len(z) // 2 :], strict=False))
+    if activation == "clamped_swiglu":
+        return [clamped(gate, up) for gate, up in pairs]
+    if activation in GATES:
+        return [SCALARS[GATES[activation]](gate) * up for gate, up in pairs]
     return [SCALARS[activation](value) for value in z]
 
 

@@ -19,7 +19,7 @@ from moebench_kernels import (
     up_projection,
     up_projection_torch,
 )
-from moebench_kernels.activation import activate_torch
+from moebench_kernels.activation import GATED, activate_torch
 from moebench_kernels.grouped_gemm import gemm_config
 
 HALF = torch.float16
@@ -108,7 +108,7 @@ def test_up_projection(
     T: int, E: int, K: int, D: int, F: int, dropped: float, dtype: torch.dtype, activation: str, permuted: bool,
     device: torch.device,
 ) -> None:  # fmt: skip
-    m = 2 if activation in ("swiglu", "geglu") else 1
+    m = 2 if activation in GATED else 1
     ids, _, w_gate_up, _ = operands(T, E, K, D, m * F, dropped)
     x, upstream = torch.randn(T, D), torch.randn(T * K, F)
     plan, reference = routing_plan(ids.to(device), E), routing_plan_torch(ids, E)
@@ -126,7 +126,7 @@ def test_up_projection(
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_up_projection_reference_equals_loop(activation: str) -> None:
-    m = 2 if activation in ("swiglu", "geglu") else 1
+    m = 2 if activation in GATED else 1
     ids, _, w_gate_up, _ = operands(5, 3, 2, 7, m * 4, 0.3)
     x, plan = torch.randn(5, 7).double(), routing_plan_torch(ids, 3)
     found = up_projection_torch(x, w_gate_up.double(), plan, activation=activation)
@@ -146,7 +146,7 @@ def test_activation_at_far_inputs() -> None:
 def test_up_projection_saturates_without_nan(device: torch.device) -> None:
     plan = routing_plan(torch.zeros(2, 1, dtype=torch.int32, device=device), 1)
     for activation in ACTIVATIONS:
-        m = 2 if activation in ("swiglu", "geglu") else 1
+        m = 2 if activation in GATED else 1
         x = torch.tensor([[1.0], [-1.0]], device=device).requires_grad_()
         hidden = up_projection(x, torch.full((1, m, 1), 200.0, device=device), plan, activation=activation)
         hidden.sum().backward()

@@ -17,6 +17,7 @@ from moebench_kernels import (
     routing_plan,
     up_projection,
 )
+from moebench_kernels.activation import GATED
 
 HALF, WIDE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 # T, E, K, D, F, activation, dropped, dtype
@@ -41,7 +42,7 @@ NAMES = ("dx", "d_weights", "d_w_gate_up", "d_w_down")
 
 def tensors(T: int, E: int, K: int, D: int, F: int, activation: str, dropped: float) -> tuple[Tensor, list[Tensor]]:
     """ids, and [x, weights, w_gate_up, w_down] in float32."""
-    m = 2 if activation in ("swiglu", "geglu") else 1
+    m = 2 if activation in GATED else 1
     ids, weights = random_ids(T, E, K, dropped), torch.rand(T, K)
     w_gate_up, w_down = torch.randn(E, m * F, D) * D**-0.5, torch.randn(E, D, F) * F**-0.5
     return ids, [torch.randn(T, D), weights, w_gate_up, w_down]
