@@ -1,7 +1,8 @@
 """Grouped GEMM: each expert's matrix on its own rows.
 
-    forward   out[r] = act(rows[r] @ W[e].T)         for offsets[e] <= r < offsets[e + 1]; 0 past offsets[E]
-    dW        dW[e]  = sum over r of e  left[r] outer right[r]                   (ragged K)
+    out[r] = act(rows[r] @ W[e].T)         for offsets[e] <= r < offsets[e + 1]; 0 past offsets[E]
+
+The gradient of W is in ragged_gemm.py.
 
 Rows are not padded: a tile never crosses experts. The host cannot know how many tiles each
 expert has without waiting for the device, so the grid is an upper bound (every non-empty group
@@ -25,7 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from moebench_kernels.activation import GATED, act, up_factor
 from moebench_kernels.checks import FLOATS, check_launch, check_same_dtype, check_tensor
+from moebench_kernels.dot import dot
 from moebench_kernels.plan import Plan
+from moebench_kernels.ragged_gemm import launch_ragged_gemm
 from moebench_kernels.runtime import cdiv, interpreting, jit, next_power_of_2, on_device, tl
 
 
@@ -67,12 +70,6 @@ def gemm_config(rows_per_expert: float, N: int, K: int, dtype: torch.dtype, *, g
     return _fit(GemmConfig(128, block_n, 64, 8, 3), N, K)
 
 
-def ragged_config(N: int, K: int, dtype: torch.dtype) -> GemmConfig:
-    """The dW tile: block_m by block_n of dW[e] [N, K], block_k rows at a time."""
-    c = GemmConfig(64, 64, 32, 4, 3) if dtype == torch.float32 else GemmConfig(128, 128, 64, 8, 3)
-    return replace(c, block_m=min(c.block_m, _side(N)), block_n=min(c.block_n, _side(K)))
-
-
 def _fit(c: GemmConfig, N: int, K: int) -> GemmConfig:
     return replace(c, block_n=min(c.block_n, _side(N)), block_k=min(c.block_k, _side(K)))
 
@@ -92,15 +89,6 @@ def find_tile(offsets_ptr, tile, n_experts, n_rows, BLOCK_M: tl.constexpr, BLOCK
     tile_in_group = tile - tl.sum(tl.where(group < expert, tiles, 0), axis=0)
     first = tl.sum(tl.where(group == expert, start, 0), axis=0) + tile_in_group * BLOCK_M
     return expert, first, tl.sum(tl.where(group == expert, end, 0), axis=0)
-
-
-@jit
-def dot(a, b, total, INTERPRET: tl.constexpr):
-    """total + a @ b. The interpreter holds bfloat16 as raw 16-bit integers and would multiply those: widen first."""
-    if INTERPRET:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @jit
@@ -154,44 +142,6 @@ def _grouped_gemm_kernel(
     tl.store(out_ptr + row[:, None] * N + col[None, :], total.to(out_ptr.dtype.element_ty), mask=exists)
 
 
-@jit
-def _ragged_gemm_kernel(
-    left_ptr, right_ptr, dw_ptr, offsets_ptr, row2assignment_ptr, N, K,
-    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, INTERPRET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dW[e] [N, K] = left[rows of e].T @ right[rows of e]; an expert without rows gets exact zeros."""
-    row_tiles = tl.cdiv(N, BLOCK_M)
-    column_tiles = tl.cdiv(K, BLOCK_N)
-    expert = tl.program_id(0) // (row_tiles * column_tiles)
-    tile = tl.program_id(0) % (row_tiles * column_tiles)
-    n = (tile // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    k = (tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    start = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(start, end, BLOCK_K):
-        row = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
-        row_ok = row < end
-        left_row = row
-        right_row = row
-        if GATHER_LEFT or GATHER_RIGHT:
-            token = (tl.load(row2assignment_ptr + row, mask=row_ok, other=0) // TOP_K).to(tl.int64)
-            if GATHER_LEFT:
-                left_row = token
-            if GATHER_RIGHT:
-                right_row = token
-        left = tl.load(
-            left_ptr + left_row[:, None] * N + n[None, :], mask=row_ok[:, None] & (n < N)[None, :], other=0.0
-        )
-        right = tl.load(
-            right_ptr + right_row[:, None] * K + k[None, :], mask=row_ok[:, None] & (k < K)[None, :], other=0.0
-        )
-        total = dot(tl.trans(left), right, total, INTERPRET)
-    at = expert.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
-    tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
-
-
 def launch_grouped_gemm(
     rows: Tensor,
     weights: Tensor,
@@ -222,22 +172,6 @@ def launch_grouped_gemm(
             BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
     return out, z
-
-
-def launch_ragged_gemm(
-    left: Tensor, right: Tensor, plan: Plan, *, gather_left: bool = False, gather_right: bool = False
-) -> Tensor:
-    """dW [E, N, K] from left [R, N] and right [R, K] (token-major [T, ...] where gathered); unchecked."""
-    N, K = left.shape[1], right.shape[1]
-    dw = right.new_empty(plan.n_experts, N, K)
-    c = ragged_config(N, K, right.dtype)
-    with on_device(right):
-        _ragged_gemm_kernel[(plan.n_experts * cdiv(N, c.block_m) * cdiv(K, c.block_n),)](
-            left, right, dw, plan.offsets, plan.row2assignment, N, K,
-            TOP_K=plan.top_k, GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, INTERPRET=interpreting(),
-            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
-    return dw
 
 
 class _GroupedGemm(torch.autograd.Function):

@@ -29,9 +29,10 @@ from moebench_kernels.checks import (
     check_tensor,
 )
 from moebench_kernels.combine import combine_torch, launch_gather_sum
-from moebench_kernels.grouped_gemm import launch_grouped_gemm, launch_ragged_gemm
+from moebench_kernels.grouped_gemm import launch_grouped_gemm
 from moebench_kernels.plan import Plan, routing_plan, routing_plan_torch
 from moebench_kernels.projections import check_gate_up, down_projection_torch, up_projection_torch
+from moebench_kernels.ragged_gemm import launch_ragged_gemm
 
 
 def moe_layer_torch(

@@ -22,10 +22,10 @@ from moebench_kernels.grouped_gemm import (
     grouped_gemm,
     grouped_gemm_torch,
     launch_grouped_gemm,
-    launch_ragged_gemm,
 )
 from moebench_kernels.permute import permute_torch
 from moebench_kernels.plan import Plan
+from moebench_kernels.ragged_gemm import launch_ragged_gemm
 
 
 def up_projection_torch(

@@ -20,9 +20,10 @@ from triton.compiler import ASTSource
 from moebench_kernels.activation import _activation_backward_kernel, activation_config
 from moebench_kernels.combine import _combine_backward_kernel, _gather_sum_kernel, combine_config
 from moebench_kernels.gate import _topk_gate_backward_kernel, _topk_gate_kernel, gate_config
-from moebench_kernels.grouped_gemm import _grouped_gemm_kernel, _ragged_gemm_kernel, gemm_config, ragged_config
+from moebench_kernels.grouped_gemm import _grouped_gemm_kernel, gemm_config
 from moebench_kernels.permute import _permute_kernel, permute_config
 from moebench_kernels.plan import CONFIG, _count_kernel, _rank_kernel, _scan_kernel
+from moebench_kernels.ragged_gemm import _ragged_gemm_kernel, ragged_config
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Pointers that do not hold the layer's own dtype.
