@@ -17,6 +17,7 @@ from moebench_kernels.projections import (
     up_projection,
     up_projection_torch,
 )
+from moebench_kernels.ragged_gemm import ragged_gemm, ragged_gemm_torch
 from moebench_kernels.runtime import interpreting, triton_available
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "moe_layer_torch",
     "permute",
     "permute_torch",
+    "ragged_gemm",
+    "ragged_gemm_torch",
     "routing_plan",
     "routing_plan_torch",
     "topk_gate",

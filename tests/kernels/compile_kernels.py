@@ -27,7 +27,7 @@ from moebench_kernels.ragged_gemm import _ragged_gemm_kernel, ragged_config
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Pointers that do not hold the layer's own dtype.
-INT32 = {"ids_ptr", "offsets_ptr", "blocks_ptr", "counts_ptr", "row2assignment_ptr", "token2row_ptr"}
+INT32 = {"ids_ptr", "offsets_ptr", "blocks_ptr", "counts_ptr", "order_ptr", "row2assignment_ptr", "token2row_ptr"}
 FP32 = {"weights_ptr", "d_weights_ptr"}
 DIVISIBLE = ("*i32", "*fp32", "*fp16", "*bf16", "i32")
 
@@ -45,6 +45,7 @@ class Build:
     num_stages: int = 3
     floats: tuple[str, ...] = ()
     ones: tuple[str, ...] = field(default=())  # arguments equal to 1, which Triton turns into constants
+    types: dict[str, str] = field(default_factory=dict)  # of arguments that their name does not tell
 
 
 def pointer(name: str, dtype: str) -> str:
@@ -65,6 +66,8 @@ def compile_one(build: Build) -> dict[str, Any]:
     for name in names:
         if name in constants:
             signature[name] = "constexpr"
+        elif name in build.types:
+            signature[name] = build.types[name]
         elif name.endswith("_ptr"):
             signature[name] = pointer(name, build.dtype)
         else:
@@ -112,13 +115,15 @@ def gemm(
 
 
 def ragged(dtype: str, capability: int) -> Build:
-    """dW as `launch_ragged_gemm` would start it."""
-    c = ragged_config(2048, 2048, TYPES[dtype])
+    """dW as `launch_ragged_gemm` would start it, its left operand by TMA where the hardware has it."""
+    c = ragged_config(2048, 2048, TYPES[dtype], f"sm_{capability}", gather_right=True)
     constants = {
-        "TOP_K": 8, "GATHER_LEFT": False, "GATHER_RIGHT": True, "INTERPRET": False,
-        "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k,
+        "TOP_K": 8, "GATHER_LEFT": False, "GATHER_RIGHT": True, "LEFT_TMA": capability >= 90, "RIGHT_TMA": False,
+        "INTERPRET": False, "GROUP_M": c.group_m, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_R": c.block_r,
     }  # fmt: skip
-    return Build("ragged", _ragged_gemm_kernel, dtype, capability, constants, c.num_warps, c.num_stages)
+    left = f"tensordesc<{dtype}[{c.block_r}, {c.block_m}]>" if capability >= 90 else f"*{dtype}"
+    types = {"left": left, "right": f"*{dtype}"}
+    return Build("ragged", _ragged_gemm_kernel, dtype, capability, constants, c.num_warps, c.num_stages, types=types)
 
 
 def small(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build]:
