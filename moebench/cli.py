@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from moebench import __version__
+from moebench.cli_audit import audit
 
 if TYPE_CHECKING:
     from moebench.options import Options
@@ -314,3 +315,6 @@ def _print_rows(rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, .
     from moebench.terminal import print_rows
 
     print_rows(rows, columns)
+
+
+main.add_command(audit)

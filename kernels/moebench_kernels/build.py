@@ -25,8 +25,10 @@ class Build:
         constants: the constexpr arguments, arguments that are None, and integers equal to 1.
         targets: those the config is meant for.
         num_warps, num_stages: as launched.
-        unaligned: pointers and integers that are not known to divide by 16; all others are.
-        expect: what the binary must hold, of "wgmma", "mma", "tma", "mfma" (each only where the target has it).
+        unaligned: pointers and integers that are not known to divide by 16; all others are. Names that are no
+            argument of the kernel are passed over, so that several kernels can share one list.
+        expect: what the binary must hold, each only where the target has it: "mma" (any tensor core of NVIDIA's),
+            "wgmma" (sm_90), "tcgen05" (sm_100), "mfma" (AMD), "tma" (sm_90, sm_100).
     """
 
     name: str
