@@ -11,6 +11,7 @@ from typing import Any
 
 from moebench.providers import PROVIDERS, entry_points, is_file, unknown
 from moebench.providers.base import Case, ExpertsProvider, Provider
+from moebench.providers.packages import missing
 
 
 class Unavailable(Exception):
@@ -24,6 +25,9 @@ def load(name: str) -> Provider:
         Unavailable: its library, file or function is missing, or its import fails.
     """
     if name in PROVIDERS:
+        needs = PROVIDERS[name].needs
+        if needs is not None and (reason := missing(needs)):
+            raise Unavailable(f"{name}: {reason}")
         shipped: Provider = _attribute(name, PROVIDERS[name].target)
         return shipped
     if is_file(name):
