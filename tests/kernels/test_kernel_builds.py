@@ -44,32 +44,33 @@ def test_every_kernel_compiles_and_fits(built: list[dict]) -> None:
         if build["size_one"]:
             continue  # must compile, but a real launch would take a smaller tile
         assert build["shared_bytes"] <= SHARED_LIMIT[build["capability"]], build
-        # 255 is a thread's limit: below it nothing had to spill (a stack alone may serve a called division).
-        assert build["registers"] < 255, build
+        # 255 is a thread's limit: below it nothing had to spill, at it nothing did if there is no stack (which alone
+        # may serve a called division).
+        assert build["registers"] < 255 or build["stack_bytes"] == 0, build
     assert {build["capability"] for build in built} == {80, 90}
     assert {build["dtype"] for build in built} == {"fp32", "fp16", "bf16"}
 
 
 def test_large_tiles_use_hopper_tensor_cores(built: list[dict]) -> None:
     large = [
-        b for b in built if b["capability"] == 90 and b["dtype"] == "bf16" and b["name"][-3:] in ("512", " 64", "ged")
+        b for b in built if b["capability"] == 90 and b["dtype"] == "bf16" and b["name"].startswith(("gemm", "ragged"))
     ]
     assert len(large) >= 4
     assert all(build["wgmma"] for build in large)
 
 
 def test_no_kernel_is_left_out(built: list[dict]) -> None:
-    """Each @jit kernel of the package is among the compiled ones."""
+    """Each @jit kernel of the package is among the compiled ones, or among the builds its file declares to the audit."""
     source = (HERE / "compile_kernels.py").read_text()
     package = Path(moebench_kernels.__file__).parent
     kernels = [
-        line.removeprefix("def ").split("(")[0]
+        (line.removeprefix("def ").split("(")[0], file.read_text().partition("\ndef builds(")[2])
         for file in package.glob("*.py")
         for line in file.read_text().splitlines()
         if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
     ]
     assert len(kernels) >= 10
-    assert not [name for name in kernels if name not in source]
+    assert not [name for name, declared in kernels if name not in source and name not in declared]
 
 
 def test_references_work_without_triton() -> None:
