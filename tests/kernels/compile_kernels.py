@@ -19,7 +19,8 @@ from triton.compiler import ASTSource
 
 from moebench_kernels.activation import _activation_backward_kernel, activation_config
 from moebench_kernels.combine import _combine_backward_kernel, _gather_sum_kernel, combine_config
-from moebench_kernels.gate import _topk_gate_backward_kernel, _topk_gate_kernel, gate_config
+from moebench_kernels.gate import builds as gate_builds
+from moebench_kernels.gate_backward import builds as gate_backward_builds
 from moebench_kernels.grouped_gemm import _grouped_gemm_kernel, gemm_config
 from moebench_kernels.permute import _permute_kernel, permute_config
 from moebench_kernels.plan import CONFIG, _count_kernel, _rank_kernel, _scan_kernel
@@ -128,18 +129,12 @@ def ragged(dtype: str, capability: int) -> Build:
 
 def small(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build]:
     """Everything that is no GEMM, at D = 2048, F = 1024, E = 64, K = 8."""
-    g, p, m = gate_config(64), CONFIG, permute_config(2048)
+    p, m = CONFIG, permute_config(2048)
     c, a = combine_config(2048), activation_config(1024)
     rows = {"TOP_K": 8, "BLOCK_D": c.block_d}
     blocks = {"BLOCK_A": p.block_a, "BLOCK_E": p.block_e}
-    gates = {"TOP_K": 8, "OVER_CHOSEN": False, "BLOCK_T": g.block_t, "BLOCK_E": 64}
-    wide = gates | {"BLOCK_T": gate_config(4096).block_t, "BLOCK_E": 4096}
     slopes = {"KIND": "gelu", "IS_GATED": True, "WEIGHTED": True, "BLOCK_R": a.block_r, "BLOCK_F": a.block_f}
     kernels: list[tuple[str, Any, dict[str, Any]]] = [
-        ("gate", _topk_gate_kernel, gates | {"BLOCK_K": 8}),
-        ("gate backward", _topk_gate_backward_kernel, gates),
-        ("gate, E 4096", _topk_gate_kernel, wide | {"BLOCK_K": 8}),
-        ("gate backward, E 4096", _topk_gate_backward_kernel, wide),
         ("count", _count_kernel, blocks),
         ("scan", _scan_kernel, {"BLOCK_B": p.block_b, "BLOCK_E": p.block_e}),
         ("rank", _rank_kernel, {"BLOCK_A": p.block_a}),
@@ -150,6 +145,15 @@ def small(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build
     ]
     return [
         Build(name, kernel, dtype, capability, more, floats=("scale",), ones=ones) for name, kernel, more in kernels
+    ] + gates(dtype, capability, ones)
+
+
+def gates(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build]:
+    """The declared builds of _topk_gate_kernel and _topk_gate_backward_kernel for logits of one dtype."""
+    return [
+        Build(b.name, b.kernel, dtype, capability, dict(b.constants), b.num_warps, ones=ones, types={**b.signature})
+        for b in gate_builds() + gate_backward_builds()
+        if b.signature["logits_ptr"] == f"*{dtype}"
     ]
 
 
