@@ -1,145 +1,206 @@
 """Grouped GEMM: each expert's matrix on its own rows.
 
-    out[r] = act(rows[r] @ W[e].T)         for offsets[e] <= r < offsets[e + 1]; 0 past offsets[E]
+    out[r] = act(rows[r] @ W[e].T + bias[e])         for offsets[e] <= r < offsets[e + 1]; 0 past offsets[E]
 
-The gradient of W is in ragged_gemm.py.
+Rows are not padded: a tile never crosses experts. The kernel is persistent: a fixed number of programs go over
+the tiles, whose number only the device knows (plan.tile_offsets). Within an expert the tiles run in bands of
+group_m row tiles, column after column, so that a band's rows and a column's weights stay in L2.
 
-Rows are not padded: a tile never crosses experts. The host cannot know how many tiles each
-expert has without waiting for the device, so the grid is an upper bound (every non-empty group
-adds at most one partial tile) and each program finds its expert from the offsets.
+A gated kind has its gate and up columns side by side in one tile (one product of full width), and multiplies them
+in the epilogue. Rows may be gathered from a token-major tensor while they are loaded (row r reads token
+row2assignment[r] // K), which spares the permuted copy.
 
-Either operand's rows may be gathered from a token-major tensor while they are loaded
-(row r reads token row2assignment[r] // K), which spares the permuted copy.
+Operands come by tensor descriptors (TMA) where the device has them and the matrix is aligned to 16 bytes, else by
+pointers. A descriptor's tile may run over into the next expert's rows; those products are not stored.
 
 Products are accumulated in float32. float32 inputs are multiplied in IEEE float32, not TF32.
 
-Shapes: rows [R, K], W [E, N, K] ([E, K, N] when transposed), out [R, N]; here N and K are
-the matrix's sizes, not top-k.
+Shapes: rows [R, K], W [E, N, K] ([E, K, N] when transposed; [E, 2N, K] when gated), bias [E, N] ([E, 2N]),
+out [R, N]; here N and K are the matrix's sizes, not top-k.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moebench_kernels.activation import GATED, act, up_factor
+from moebench_kernels.bias_gradient import bias_gradient
+from moebench_kernels.build import Build, signature
 from moebench_kernels.checks import FLOATS, check_launch, check_same_dtype, check_tensor
 from moebench_kernels.dot import dot
 from moebench_kernels.plan import Plan
 from moebench_kernels.ragged_gemm import launch_ragged_gemm
-from moebench_kernels.runtime import cdiv, interpreting, jit, next_power_of_2, on_device, tl
+from moebench_kernels.runtime import cdiv, interpreting, jit, on_device, tl
+from moebench_kernels.tiles import BLOCK_MS, SHIPPED, GemmConfig, gemm_kind, processors, shipped_config
+from moebench_kernels.tuned_tiles import pick_config
 
 
-def grouped_gemm_torch(rows: Tensor, weights: Tensor, plan: Plan, *, transpose: bool = False) -> Tensor:
+def grouped_gemm_torch(
+    rows: Tensor, weights: Tensor, plan: Plan, *, transpose: bool = False, bias: Tensor | None = None
+) -> Tensor:
     """Reference of `grouped_gemm`, one expert at a time; runs on any device, float64 included. Reads the offsets."""
     wide = torch.promote_types(rows.dtype, torch.float32)
     bounds = plan.offsets.tolist()
     matrices = weights if transpose else weights.mT
     parts = [rows[bounds[e] : bounds[e + 1]].to(wide) @ matrices[e].to(wide) for e in range(plan.n_experts)]
+    if bias is not None:
+        parts = [part + bias[e].to(wide) for e, part in enumerate(parts)]
     tail = rows.new_zeros(plan.n_rows - bounds[-1], matrices.shape[2], dtype=wide)
     return torch.cat([*parts, tail]).to(rows.dtype)
 
 
-@dataclass(frozen=True)
-class GemmConfig:
-    """Tile of a grouped GEMM: block_m rows by block_n columns, block_k of the sum at a time."""
+@jit
+def locate_tile(
+    tile, offsets_ptr, tile_offsets_ptr, tile2expert_ptr, column_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr
+):
+    """Expert, first row, end of the expert's rows and column tile of the tile-th tile, of those that have an expert.
 
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-def gemm_config(rows_per_expert: float, N: int, K: int, dtype: torch.dtype, *, gated: bool = False) -> GemmConfig:
-    """The forward and dX tile, by mean load; never wider than the matrix.
-
-    Chosen by the compiler's report (no spill on sm_80 and sm_90, fits their shared memory, WGMMA on
-    sm_90 from 64 rows); not measured on a GPU yet. A gated tile keeps two accumulators, so it takes half the
-    columns. float32 runs on FMA units (IEEE), where a large tile only costs registers.
+    The tiles of an expert are numbered in bands of GROUP_M row tiles; in a band down the rows, then across.
     """
-    if dtype == torch.float32:
-        return _fit(GemmConfig(16 if rows_per_expert <= 16 else 64, 32 if gated else 64, 32, 4, 3), N, K)
-    block_n = 64 if gated else 128
-    if rows_per_expert <= 16:
-        return _fit(GemmConfig(16, block_n, 128, 4, 3), N, K)
-    if rows_per_expert <= 64:
-        return _fit(GemmConfig(64, block_n, 64, 4, 3), N, K)
-    return _fit(GemmConfig(128, block_n, 64, 8, 3), N, K)
-
-
-def _fit(c: GemmConfig, N: int, K: int) -> GemmConfig:
-    return replace(c, block_n=min(c.block_n, _side(N)), block_k=min(c.block_k, _side(K)))
-
-
-def _side(size: int) -> int:
-    return max(16, next_power_of_2(size))  # tl.dot takes no less than 16
+    expert = tl.load(tile2expert_ptr + tile // column_tiles)
+    first_tile = tl.load(tile_offsets_ptr + expert)
+    row_tiles = tl.load(tile_offsets_ptr + expert + 1) - first_tile
+    tile_of_expert = tile - first_tile * column_tiles
+    band = tile_of_expert // (GROUP_M * column_tiles) * GROUP_M
+    height = tl.minimum(row_tiles - band, GROUP_M)
+    in_band = tile_of_expert % (GROUP_M * column_tiles)
+    first = tl.load(offsets_ptr + expert) + (band + in_band % height) * BLOCK_M
+    return expert, first, tl.load(offsets_ptr + expert + 1), in_band // height
 
 
 @jit
-def find_tile(offsets_ptr, tile, n_experts, n_rows, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Expert, first row and end of the tile-th tile. Group n_experts are the rows of no expert; past it, no rows."""
-    group = tl.arange(0, BLOCK_G)
-    start = tl.load(offsets_ptr + group, mask=group <= n_experts, other=n_rows)
-    end = tl.load(offsets_ptr + group + 1, mask=group < n_experts, other=n_rows)
-    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
-    expert = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
-    tile_in_group = tile - tl.sum(tl.where(group < expert, tiles, 0), axis=0)
-    first = tl.sum(tl.where(group == expert, start, 0), axis=0) + tile_in_group * BLOCK_M
-    return expert, first, tl.sum(tl.where(group == expert, end, 0), axis=0)
+def _store_tile(
+    total, out_ptr, z_ptr, bias_ptr, expert, first, end, first_col, N,
+    KIND: tl.constexpr, IS_GATED: tl.constexpr, SAVE_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Bias, pre-activation, activation, output of total [BLOCK_M, WIDTH], or [BLOCK_M, 2 WIDTH] as gate, up."""
+    MAPS: tl.constexpr = 2 if IS_GATED else 1
+    BLOCK_M: tl.constexpr = total.shape[0]
+    WIDTH: tl.constexpr = total.shape[1] // MAPS
+    row = tl.arange(0, BLOCK_M)
+    col = tl.arange(0, WIDTH)
+    row_ok = first + row < end
+    map_col = tl.arange(0, MAPS * WIDTH) % WIDTH
+    map_ok = first_col + map_col < N
+    at_map = tl.arange(0, MAPS * WIDTH) // WIDTH * N + map_col
+    if HAS_BIAS:
+        at_bias = bias_ptr + tl.cast(expert, tl.int64) * (MAPS * N) + first_col
+        total += tl.load(at_bias + at_map, mask=map_ok, other=0.0).to(tl.float32)[None, :]
+    if SAVE_Z:
+        at_z = z_ptr + (tl.cast(first, tl.int64) * (MAPS * N) + first_col)
+        at_z += row[:, None] * (MAPS * N) + at_map[None, :]
+        tl.store(at_z, total.to(z_ptr.dtype.element_ty), mask=row_ok[:, None] & map_ok[None, :])
+    if IS_GATED:
+        total, up = total.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split()
+    if KIND != "none":
+        total = act(total, KIND)
+    if IS_GATED:
+        total = total * up_factor(up, KIND)
+    at = out_ptr + (tl.cast(first, tl.int64) * N + first_col) + (row[:, None] * N + col[None, :])
+    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & (first_col + col < N)[None, :])
 
 
 @jit
 def _grouped_gemm_kernel(
-    rows_ptr, w_ptr, out_ptr, z_ptr, offsets_ptr, row2assignment_ptr,
-    n_rows, N, K, n_experts, stride_e, stride_n, stride_k,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr, SAVE_Z: tl.constexpr,
-    INTERPRET: tl.constexpr, BLOCK_G: tl.constexpr,
+    rows, weights, out_ptr, z_ptr, bias_ptr, offsets_ptr, row2assignment_ptr, tile_offsets_ptr, tile2expert_ptr,
+    n_rows, N, K, n_experts,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSE: tl.constexpr, KIND: tl.constexpr, IS_GATED: tl.constexpr,
+    SAVE_Z: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS_TMA: tl.constexpr, W_TMA: tl.constexpr, EVEN_K: tl.constexpr,
+    INTERPRET: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, FLATTEN: tl.constexpr, HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    column_tiles = tl.cdiv(N, BLOCK_N)
-    expert, first, end = find_tile(offsets_ptr, tl.program_id(0) // column_tiles, n_experts, n_rows, BLOCK_M, BLOCK_G)
-    row = first.to(tl.int64) + tl.arange(0, BLOCK_M)
-    col = (tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    MAPS: tl.constexpr = 2 if IS_GATED else 1
+    WIDTH: tl.constexpr = BLOCK_N // MAPS
+    column_tiles = tl.cdiv(N, WIDTH)
+    row = tl.arange(0, BLOCK_M)
     inner = tl.arange(0, BLOCK_K)
-    row_ok = row < end
-    col_ok = col < N
-    source = row
-    if GATHER:
-        source = (tl.load(row2assignment_ptr + row, mask=row_ok, other=0) // TOP_K).to(tl.int64)
-    a_ptrs = rows_ptr + source[:, None] * K + inner[None, :]
-    b_ptrs = w_ptr + expert.to(tl.int64) * stride_e + col[None, :] * stride_n + inner[:, None].to(tl.int64) * stride_k
-    up_ptrs = b_ptrs + tl.cast(N, tl.int64) * stride_n
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if IS_GATED:
-        total_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, tl.where(expert < n_experts, K, 0), BLOCK_K):
-        inner_ok = inner < K - k
-        a = tl.load(a_ptrs, mask=row_ok[:, None] & inner_ok[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=inner_ok[:, None] & col_ok[None, :], other=0.0)
-        total = dot(a, b, total, INTERPRET)
-        if IS_GATED:
-            up = tl.load(up_ptrs, mask=inner_ok[:, None] & col_ok[None, :], other=0.0)
-            total_up = dot(a, up, total_up, INTERPRET)
-            up_ptrs += BLOCK_K * stride_k
-        a_ptrs += BLOCK_K
-        b_ptrs += BLOCK_K * stride_k
-    exists = row_ok[:, None] & col_ok[None, :]
-    width = N
-    if IS_GATED:
-        width = 2 * N
-    if SAVE_Z:
-        at_z = z_ptr + row[:, None] * width + col[None, :]
-        tl.store(at_z, total.to(z_ptr.dtype.element_ty), mask=exists)
-        if IS_GATED:
-            tl.store(at_z + N, total_up.to(z_ptr.dtype.element_ty), mask=exists)
-    if KIND != "none":
-        total = act(total, KIND)
-    if IS_GATED:
-        total = total * up_factor(total_up, KIND)
-    tl.store(out_ptr + row[:, None] * N + col[None, :], total.to(out_ptr.dtype.element_ty), mask=exists)
+    map_col = tl.arange(0, BLOCK_N) % WIDTH  # the tile's gate columns, then the same of up
+    map_start = tl.arange(0, BLOCK_N) // WIDTH * N
+    work_tiles = tl.load(tile_offsets_ptr + n_experts) * column_tiles
+    for tile in tl.range(tl.program_id(0), work_tiles, tl.num_programs(0), flatten=FLATTEN):
+        expert, first, end, column_tile = locate_tile(
+            tile, offsets_ptr, tile_offsets_ptr, tile2expert_ptr, column_tiles, BLOCK_M, GROUP_M
+        )
+        first_col = column_tile * WIDTH
+        row_ok = first + row < end
+        if not ROWS_TMA:
+            if GATHER:
+                token = tl.load(row2assignment_ptr + first + row, mask=row_ok, other=0) // TOP_K
+                a_ptrs = rows + token.to(tl.int64)[:, None] * K + inner[None, :]
+            else:
+                a_ptrs = rows + tl.cast(first, tl.int64) * K + (row[:, None] * K + inner[None, :])
+        if not W_TMA:
+            matrix = weights + tl.cast(expert, tl.int64) * MAPS * N * K
+            b_ok = first_col + map_col < N
+            if TRANSPOSE:
+                b_ptrs = matrix + first_col + (inner[:, None] * N + map_col[None, :])
+            else:
+                b_ptrs = matrix + (first_col + map_start + map_col).to(tl.int64)[None, :] * K + inner[:, None]
+        # Nothing may be added here (a bias, say): unless the sum starts at zero, a flattened loop is not pipelined.
+        total = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+        for k in tl.range(0, K, BLOCK_K):
+            if ROWS_TMA:
+                a = rows.load([first, k])
+            elif EVEN_K:
+                a = tl.load(a_ptrs + k, mask=row_ok[:, None], other=0.0)
+            else:
+                a = tl.load(a_ptrs + k, mask=row_ok[:, None] & (inner < K - k)[None, :], other=0.0)
+            if W_TMA and TRANSPOSE:
+                b = weights.load([expert, 0, k, first_col]).reshape(BLOCK_K, BLOCK_N)
+            elif W_TMA:
+                b = weights.load([expert, 0, first_col, k]).reshape(BLOCK_N, BLOCK_K).T
+            else:
+                step = tl.cast(k, tl.int64) * N if TRANSPOSE else k
+                if EVEN_K:
+                    b = tl.load(b_ptrs + step, mask=b_ok[None, :], other=0.0)
+                else:
+                    b = tl.load(b_ptrs + step, mask=(inner < K - k)[:, None] & b_ok[None, :], other=0.0)
+            total = dot(b.T, a.T, total, INTERPRET) if SWAP else dot(a, b, total, INTERPRET)
+        if SWAP:
+            total = total.T
+        if HALVES:  # the left and the right half of the columns, each with its gate and up
+            left, right = total.reshape(BLOCK_M, MAPS, 2, WIDTH // 2).permute(0, 1, 3, 2).split()
+            _store_tile(
+                left.reshape(BLOCK_M, BLOCK_N // 2), out_ptr, z_ptr, bias_ptr, expert, first, end,
+                first_col, N, KIND, IS_GATED, SAVE_Z, HAS_BIAS,
+            )  # fmt: skip
+            _store_tile(
+                right.reshape(BLOCK_M, BLOCK_N // 2), out_ptr, z_ptr, bias_ptr, expert, first, end,
+                first_col + WIDTH // 2, N, KIND, IS_GATED, SAVE_Z, HAS_BIAS,
+            )  # fmt: skip
+        else:
+            _store_tile(
+                total, out_ptr, z_ptr, bias_ptr, expert, first, end, first_col, N, KIND, IS_GATED, SAVE_Z, HAS_BIAS
+            )
+    first_zero = tl.load(offsets_ptr + n_experts)  # the rows of no expert; none is read, so no product
+    for tile in range(tl.program_id(0), tl.cdiv(n_rows - first_zero, BLOCK_M) * column_tiles, tl.num_programs(0)):
+        first = first_zero + tile // column_tiles * BLOCK_M
+        zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        first_col = tile % column_tiles * WIDTH
+        _store_tile(zero, out_ptr, z_ptr, bias_ptr, 0, first, n_rows, first_col, N, "none", IS_GATED, SAVE_Z, False)
+
+
+def _descriptor(tensor: Tensor, shape: list[int], block: list[int]) -> Any:
+    """A TMA descriptor of a contiguous tensor seen as `shape`, or None where one would not be aligned to 16 bytes."""
+    row = shape[-1] * tensor.element_size()
+    if tensor.data_ptr() % 16 or row % 16 or max(shape) >= 2**31:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor  # here: the file imports without triton
+
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return TensorDescriptor(tensor, shape, strides, block)
+
+
+def _operands(rows: Tensor, weights: Tensor, c: GemmConfig, block_m: int, gather: bool, maps: int, transpose: bool):  # type: ignore[no-untyped-def]
+    """Rows and weights as the kernel takes them: descriptors where the tile wants them and they can be."""
+    E, a, b = weights.shape
+    w_block = [1, 1, c.block_k, c.block_n] if transpose else [1, maps, c.block_n // maps, c.block_k]
+    a_in = _descriptor(rows, list(rows.shape), [block_m, c.block_k]) if c.tma and not gather else None
+    w_in = _descriptor(weights, [E, maps, a // maps, b], w_block) if c.tma else None
+    return rows if a_in is None else a_in, weights if w_in is None else w_in, a_in is not None, w_in is not None
 
 
 def launch_grouped_gemm(
@@ -151,56 +212,91 @@ def launch_grouped_gemm(
     gather: bool = False,
     activation: str | None = None,
     save_z: bool = False,
+    bias: Tensor | None = None,
+    config: GemmConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """out [R, N], and the pre-activation z [R, mN] where `save_z`; unchecked. `gather`: rows is token-major [T, K]."""
-    gated = activation in GATED
-    K = rows.shape[1]
-    N = weights.shape[2 if transpose else 1] // (2 if gated else 1)
-    stride_e, stride_k, stride_n = weights.stride() if transpose else (weights.stride(i) for i in (0, 2, 1))
+    """out [R, N], and the pre-activation z [R, mN] where `save_z`; shapes unchecked.
+
+    `gather`: rows is token-major [T, K]. `config`: this tile instead of the one `tiles` picks.
+    """
+    maps = 2 if activation in GATED else 1
+    K, E, block_m = rows.shape[1], plan.n_experts, plan.block_m
+    N = weights.shape[2 if transpose else 1] // maps
     out = rows.new_empty(plan.n_rows, N)
-    z = rows.new_empty(plan.n_rows, 2 * N if gated else N) if save_z else None
+    z = rows.new_empty(plan.n_rows, maps * N) if save_z else None
     if plan.n_rows == 0:
         return out, z
-    c = gemm_config(plan.n_rows / plan.n_experts, N, K, rows.dtype, gated=gated)
-    row_tiles = plan.n_rows // c.block_m + min(plan.n_experts + 1, plan.n_rows)
+    c = config or pick_config(gemm_kind(gather, maps == 2, transpose), block_m, N, K, rows.dtype, rows.device)
+    tiles = plan.n_row_tiles * cdiv(N, c.block_n // maps)
+    if maps * N >= 2**24 or K >= 2**24 or tiles >= 2**31:
+        raise ValueError(
+            f"{plan.n_rows} rows by {N} columns by {K}: at most 2**24 columns and 2**31 tiles are possible"
+        )
+    rows_in, w_in, rows_tma, w_tma = _operands(rows, weights, c, block_m, gather, maps, transpose)
     with on_device(rows):
-        _grouped_gemm_kernel[(row_tiles * cdiv(N, c.block_n),)](
-            rows, weights, out, z, plan.offsets, plan.row2assignment,
-            plan.n_rows, N, K, plan.n_experts, stride_e, stride_n, stride_k,
-            TOP_K=plan.top_k, GATHER=gather, KIND=GATED.get(activation, activation or "none"), IS_GATED=gated,
-            SAVE_Z=save_z, INTERPRET=interpreting(), BLOCK_G=next_power_of_2(plan.n_experts + 1),
-            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=c.num_stages,
+        _grouped_gemm_kernel[(min(tiles, processors(rows.device) * c.ctas_per_sm),)](
+            rows_in, w_in, out, z, bias, plan.offsets, plan.row2assignment, plan.tile_offsets, plan.tile2expert,
+            plan.n_rows, N, K, E,
+            TOP_K=plan.top_k, GATHER=gather, TRANSPOSE=transpose, KIND=GATED.get(activation, activation or "none"),
+            IS_GATED=maps == 2, SAVE_Z=save_z, HAS_BIAS=bias is not None, ROWS_TMA=rows_tma, W_TMA=w_tma,
+            EVEN_K=K % c.block_k == 0 or (rows_tma and w_tma), INTERPRET=interpreting(),
+            GROUP_M=c.group_m, SWAP=c.swap, FLATTEN=c.flatten, HALVES=c.halves,
+            BLOCK_M=block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
     return out, z
 
 
-class _GroupedGemm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, plan: Plan, transpose: bool) -> Tensor:
-        ctx.plan, ctx.transpose = plan, transpose
-        ctx.save_for_backward(rows, weights)
-        return launch_grouped_gemm(rows, weights, plan, transpose=transpose)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        rows, weights = ctx.saved_tensors
-        d_out, d_rows, d_weights = d_out.contiguous(), None, None
-        if ctx.needs_input_grad[0]:
-            d_rows, _ = launch_grouped_gemm(d_out, weights, ctx.plan, transpose=not ctx.transpose)
-        if ctx.needs_input_grad[1]:
-            left, right = (rows, d_out) if ctx.transpose else (d_out, rows)
-            d_weights = launch_ragged_gemm(left, right, ctx.plan)
-        return d_rows, d_weights, None, None
+@torch.library.custom_op("moebench::grouped_gemm", mutates_args=())
+def _grouped_gemm(
+    rows: Tensor, weights: Tensor, bias: Tensor | None, plan: list[Tensor], block_m: int, transpose: bool
+) -> Tensor:
+    check_launch(rows=rows, weights=weights, plan=plan[0], bias=rows if bias is None else bias)
+    return launch_grouped_gemm(rows, weights, Plan(*plan, block_m), transpose=transpose, bias=bias)[0]
 
 
-def grouped_gemm(rows: Tensor, weights: Tensor, plan: Plan, *, transpose: bool = False) -> Tensor:
-    """out[r] = rows[r] @ weights[e].T for every row r of expert e. Differentiable in `rows` and `weights`.
+@_grouped_gemm.register_fake
+def _(rows, weights, bias, plan, block_m, transpose):  # type: ignore[no-untyped-def]
+    return rows.new_empty(rows.shape[0], weights.shape[2 if transpose else 1])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weights, bias, plan, ctx.block_m, ctx.transpose = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(rows, weights, *plan)
+
+
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    rows, weights, *tensors = ctx.saved_tensors
+    plan, d_out, d_rows, d_weights, d_bias = Plan(*tensors, ctx.block_m), d_out.contiguous(), None, None, None
+    if ctx.needs_input_grad[0]:
+        d_rows = _grouped_gemm(d_out, weights, None, tensors, ctx.block_m, not ctx.transpose)
+    if ctx.needs_input_grad[1]:
+        d_weights = launch_ragged_gemm(*((rows, d_out) if ctx.transpose else (d_out, rows)), plan)
+    if ctx.needs_input_grad[2]:
+        d_bias = bias_gradient(d_out, plan.offsets).to(ctx.bias_dtype)
+    return d_rows, d_weights, d_bias, [None] * len(tensors), None, None
+
+
+_grouped_gemm.register_autograd(_backward, setup_context=_setup)
+
+
+def check_bias(name: str, bias: Tensor | None, n_experts: int, width: int, dtype: torch.dtype) -> None:
+    """Raise unless bias is None or [E, width], of the weights' dtype or float32."""
+    if bias is not None:
+        check_tensor(name, bias, (n_experts, width), tuple({dtype, torch.float32}))
+
+
+def grouped_gemm(
+    rows: Tensor, weights: Tensor, plan: Plan, *, transpose: bool = False, bias: Tensor | None = None
+) -> Tensor:
+    """out[r] = rows[r] @ weights[e].T + bias[e] for every row r of expert e. Differentiable in all three.
 
     Args:
-        rows: [T*K, D_in], float32, float16 or bfloat16, contiguous, in the plan's order. Not read past offsets[E].
+        rows: [T*K, D_in], float32, float16 or bfloat16, contiguous, in the plan's order. Rows past offsets[E] do
+            not count.
         weights: [E, D_out, D_in] of the same dtype; [E, D_in, D_out] when `transpose`.
         plan: of these rows.
+        bias: [E, D_out], of the same dtype or float32.
 
     Returns:
         [T*K, D_out] of the same dtype, accumulated in float32; zero past offsets[E].
@@ -215,5 +311,71 @@ def grouped_gemm(rows: Tensor, weights: Tensor, plan: Plan, *, transpose: bool =
     )
     check_tensor("rows", rows, (plan.n_rows, weights.shape[1 if transpose else 2]), FLOATS)
     check_same_dtype(rows=rows, weights=weights)
-    check_launch(rows=rows, weights=weights, plan=plan.counts)
-    return _GroupedGemm.apply(rows, weights, plan, transpose)
+    check_bias("bias", bias, plan.n_experts, weights.shape[2 if transpose else 1], weights.dtype)
+    return _grouped_gemm(rows, weights, bias, list(plan[:-1]), plan.block_m, transpose)
+
+
+def builds() -> list[Build]:
+    """Each kind in each shipped 16-bit tile, with all that costs registers; float32, float16, no TMA as a sample."""
+    families = [family for family in SHIPPED if family != "interpreter"]
+    found = [build(f, "bf16", m, *variant) for f in families for m in BLOCK_MS for variant in _VARIANTS]
+    found += [build(f, "fp32", m, True, "swiglu", False) for f in families for m in (16, 64, 128)]
+    found += [build(f, "fp32", 128, False, None, t) for f in families for t in (False, True)]
+    found += [build(f, "fp16", 128, True, "clamped_swiglu", False) for f in families]
+    hopper = ("sm_90", "sm_100")
+    return found + [build(f, "bf16", m, False, None, False, tma=False) for f in hopper for m in BLOCK_MS]
+
+
+# gather, activation, transpose: forward, dX, dX of the down-projection from dy, up-projections.
+_VARIANTS = (
+    (False, None, False),
+    (False, None, True),
+    (True, None, True),
+    (True, "swiglu", False),
+    (False, "geglu", False),
+    (True, "gelu", False),
+)
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def build(
+    family: str,
+    dtype: str,
+    block_m: int,
+    gather: bool,
+    activation: str | None,
+    transpose: bool,
+    *,
+    tma: bool = True,
+    config: GemmConfig | None = None,
+) -> Build:
+    """One product as it would be launched on a large matrix; with an activation also bias and pre-activation."""
+    maps, keep = 2 if activation in GATED else 1, activation is not None
+    kind = gemm_kind(gather, maps == 2, transpose)
+    c = config or shipped_config(kind, block_m, 4096, 4096, _DTYPES[dtype], family)
+    w_tma, rows_tma = c.tma and tma, c.tma and tma and not gather
+    constants = {
+        "TOP_K": 8, "GATHER": gather, "TRANSPOSE": transpose, "KIND": GATED.get(activation, activation or "none"),
+        "IS_GATED": maps == 2, "SAVE_Z": keep, "HAS_BIAS": keep, "ROWS_TMA": rows_tma, "W_TMA": w_tma,
+        "EVEN_K": True, "INTERPRET": False, "GROUP_M": c.group_m, "SWAP": c.swap, "FLATTEN": c.flatten,
+        "HALVES": c.halves, "BLOCK_M": block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k,
+    } | ({} if keep else {"z_ptr": None, "bias_ptr": None})  # fmt: skip
+    w_block = [1, 1, c.block_k, c.block_n] if transpose else [1, maps, c.block_n // maps, c.block_k]
+    types = dict.fromkeys(("offsets_ptr", "row2assignment_ptr", "tile_offsets_ptr", "tile2expert_ptr"), "*i32")
+    types |= {"rows": f"tensordesc<{dtype}{[block_m, c.block_k]}>" if rows_tma else f"*{dtype}"}
+    types |= {"weights": f"tensordesc<{dtype}{w_block}>" if w_tma else f"*{dtype}"}
+    types |= {"bias_ptr": "*fp32"} if keep else {}
+    cores = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}.get(family, "mfma")
+    return Build(
+        name=" ".join(
+            filter(None, ("grouped_gemm", kind, activation, dtype, f"m{block_m}", "tma" if w_tma else "pointers"))
+        ),
+        kernel=_grouped_gemm_kernel,
+        signature=signature(_grouped_gemm_kernel, dtype, constants, **types),
+        constants=constants,
+        targets=(family,),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+        unaligned=("n_rows", "n_experts"),
+        expect=() if dtype == "fp32" else (cores, "tma") if w_tma else (cores,),
+    )

@@ -21,10 +21,12 @@ from moebench_kernels.activation import _activation_backward_kernel, activation_
 from moebench_kernels.combine import _combine_backward_kernel, _gather_sum_kernel, combine_config
 from moebench_kernels.gate import builds as gate_builds
 from moebench_kernels.gate_backward import builds as gate_backward_builds
-from moebench_kernels.grouped_gemm import _grouped_gemm_kernel, gemm_config
+from moebench_kernels.grouped_gemm import _grouped_gemm_kernel
+from moebench_kernels.grouped_gemm import build as gemm_build
 from moebench_kernels.permute import _permute_kernel, permute_config
 from moebench_kernels.plan import CONFIG, _count_kernel, _rank_kernel, _scan_kernel
 from moebench_kernels.ragged_gemm import _ragged_gemm_kernel, ragged_config
+from moebench_kernels.tiles import GemmConfig
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Pointers that do not hold the layer's own dtype.
@@ -80,18 +82,19 @@ def compile_one(build: Build) -> dict[str, Any]:
     return label(build) | {
         "shared_bytes": compiled.metadata.shared,
         "wgmma": "wgmma" in compiled.asm["ptx"],
-        "registers": registers(compiled.asm["cubin"]),
+        "registers": registers(compiled.asm["cubin"], "REG"),
+        "stack_bytes": registers(compiled.asm["cubin"], "STACK"),
     }
 
 
-def registers(cubin: bytes) -> int:
-    """Registers of a thread, as cuobjdump reads them from the binary."""
+def registers(cubin: bytes, what: str) -> int:
+    """Registers (REG) of a thread, or the bytes of its stack (STACK), as cuobjdump reads them from the binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return max(int(count) for count in re.findall(r"REG:(\d+)", text))
+    return max(int(count) for count in re.findall(rf"{what}:(\d+)", text))
 
 
 def label(build: Build) -> dict[str, Any]:
@@ -101,18 +104,17 @@ def label(build: Build) -> dict[str, Any]:
 
 
 def gemm(
-    dtype: str, capability: int, rows_per_expert: int, kind: str, gated: bool, ones: tuple[str, ...] = ("stride_k",)
-) -> Build:
-    """The grouped GEMM as `launch_grouped_gemm` would start it."""
-    c = gemm_config(rows_per_expert, 2048, 2048, TYPES[dtype], gated=gated)
-    constants = {
-        "TOP_K": 8, "GATHER": gated, "KIND": kind, "IS_GATED": gated, "SAVE_Z": gated, "INTERPRET": False,
-        "BLOCK_G": 128, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k,
-    }  # fmt: skip
-    constants |= {} if gated else {"z_ptr": None}
-    name = f"gemm {kind} {rows_per_expert}"
-    kernel = _grouped_gemm_kernel
-    return Build(name, kernel, dtype, capability, constants, c.num_warps, c.num_stages, ones=ones)
+    dtype: str, capability: int, block_m: int, gather: bool, activation: str | None, transpose: bool = False,
+    ones: tuple[str, ...] = (),
+) -> Build:  # fmt: skip
+    """The grouped GEMM as its file declares it; with `ones`, in the least tile and by pointers."""
+    least = GemmConfig(16 if activation is None else 32, 16, 4, 3) if ones else None
+    made = gemm_build(f"sm_{capability}", dtype, block_m, gather, activation, transpose, config=least)
+    name, kernel = f"gemm {made.name}", _grouped_gemm_kernel
+    types = {name: type for name, type in made.signature.items() if type != "constexpr"}
+    return Build(
+        name, kernel, dtype, capability, dict(made.constants), made.num_warps, made.num_stages, ones=ones, types=types
+    )
 
 
 def ragged(dtype: str, capability: int) -> Build:
@@ -159,14 +161,14 @@ def gates(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build
 
 def builds() -> list[Build]:
     """One build per kernel and target at least; the GEMM in each of its shipped tiles and each dtype."""
-    ones = ("n_rows", "N", "K", "n_experts", "stride_e", "stride_n", "stride_k")
+    ones = ("n_rows", "N", "K", "n_experts")
     return [
-        gemm("bf16", 90, 512, "silu", True), gemm("bf16", 90, 512, "none", False),
-        gemm("bf16", 90, 512, "none", False, ("stride_n",)),
-        gemm("bf16", 90, 64, "silu", True), gemm("bf16", 90, 8, "gelu", True), gemm("bf16", 90, 8, "none", False),
-        gemm("fp16", 80, 512, "silu", True), gemm("fp16", 80, 64, "none", False), gemm("fp16", 80, 8, "relu", False),
-        gemm("fp32", 80, 512, "gelu", True), gemm("fp32", 90, 512, "none", False), gemm("fp32", 90, 8, "silu", True),
-        gemm("fp32", 80, 8, "none", False, ones), gemm("fp32", 80, 8, "silu", True, ones),
+        gemm("bf16", 90, 128, True, "swiglu"), gemm("bf16", 90, 128, False, None), gemm("bf16", 90, 64, True, "gelu"),
+        gemm("bf16", 90, 16, True, "swiglu"), gemm("bf16", 90, 16, False, None, True),
+        gemm("fp16", 80, 128, True, "swiglu"), gemm("fp16", 80, 64, False, None), gemm("fp16", 80, 16, True, "relu"),
+        gemm("fp32", 80, 128, True, "geglu"), gemm("fp32", 90, 16, False, None),
+        gemm("fp32", 80, 16, False, None, ones=ones), gemm("fp32", 80, 16, True, "swiglu", ones=ones),
+        gemm("fp32", 80, 16, True, None, True, ones=ones),
         ragged("bf16", 90), ragged("fp16", 80), ragged("fp32", 80),
         *small("bf16", 90), *small("fp32", 80), *small("fp16", 80, ("T", "D", "F", "E", "n", "n_rows", "n_blocks")),
     ]  # fmt: skip
