@@ -36,16 +36,16 @@ class WorkerLost(Exception):
 
 
 class Remote:
-    """A worker process."""
+    """A worker process, `python -m` of a module that answers as moebench.worker does."""
 
-    def __init__(self, log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, log: Path, environment: Mapping[str, str], module: str = "moebench.worker") -> None:
         self.log = log
         self._oom_kills = _oom_kills()
         with log.open("ab") as stderr:
             self._log_start = stderr.tell()
             # A session of its own: Ctrl-C reaches the parent alone, and a kill reaches what the worker started.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "moebench.worker"],
+                [sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -215,9 +215,8 @@ def breaks_device(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "CUDA error" in text and "out of memory" not in text
 
 
-def serve(requests: queue.Queue[str | None], replies: TextIO) -> None:
-    """Answer requests until there are no more."""
-    worker = Worker()
+def serve(worker: object, requests: queue.Queue[str | None], replies: TextIO) -> None:
+    """Answer requests, each by the worker's method of that name, until there are no more."""
     while (line := requests.get()) is not None:
         request = json.loads(line)
         handler: Callable[..., dict[str, Any]] = getattr(worker, request.pop("do"))
@@ -237,15 +236,15 @@ def _read_requests(requests: queue.Queue[str | None]) -> None:
     os._exit(0)
 
 
-def main() -> None:
+def serve_pipe(worker: object) -> None:
     """Serve on stdin and stdout."""
     faulthandler.enable()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a provider's prints must not look like replies
     requests: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
-    serve(requests, replies)
+    serve(worker, requests, replies)
 
 
 if __name__ == "__main__":
-    main()
+    serve_pipe(Worker())
