@@ -13,7 +13,7 @@ from moebench.providers import PROVIDERS
 from moebench.suite import Budget, load_suite, shipped
 from moebench.suite_file import read_source
 
-NAMES = ["decode", "granularity", "prefill", "quick", "routing-skew", "smoke", "sweep", "train"]
+NAMES = ["decode", "granularity", "kernels", "prefill", "quick", "routing-skew", "smoke", "sweep", "train"]
 OURS = {name for name, listing in PROVIDERS.items() if listing.needs is None}  # those that need no other library
 
 
