@@ -24,7 +24,7 @@ def faults_of(facts: Facts, runs: Occupancy, target: str, expect: Sequence[str])
     faults = []
     if facts["spill_bytes"]:
         capped = facts["registers"] >= register_cap(target, facts["warps"])
-        cap = f", which is the cap for {facts['warps']} warps" if capped else ""
+        cap = f", the most that {facts['warps']} warp{'s' * (facts['warps'] > 1)} can have" if capped else ""
         faults.append(f"spills {facts['spill_bytes']} bytes a thread at {facts['registers']} registers{cap}")
     if facts["shared_bytes"] > limits.shared_cta_bytes:
         faults.append(f"needs {facts['shared_bytes']} bytes of shared memory; {target} has {limits.shared_cta_bytes}")

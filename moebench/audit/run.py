@@ -31,7 +31,8 @@ class Request:
         kernels: only builds or kernels whose name holds one of these (or matches, with * ? [).
         all: every build; else the first of each kernel and target.
         jobs: compiles at a time; 0 is one a CPU.
-        timeout_s: of one compile, and of loading the files.
+        timeout_s: of one compile.
+        load_timeout_s: of running the files, all together.
     """
 
     files: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class Request:
     all: bool = False
     jobs: int = 0
     timeout_s: float = TIMEOUT_S
+    load_timeout_s: float = TIMEOUT_S
 
 
 @dataclass
@@ -142,7 +144,7 @@ def _messages(process: subprocess.Popen[str], request: Request, said: IO[str]) -
         yield message
     code = process.wait()
     if loading and code == -signal.SIGALRM:
-        raise ValueError(f"{loading}: did not finish running within {request.timeout_s:g} s")
+        raise ValueError(f"{loading}: did not finish running within {request.load_timeout_s:g} s")
     if loading:
         raise ValueError(f"{loading}: running it ended the process with {_obituary(code, said)}")
     if code:

@@ -45,7 +45,7 @@ class Job:
     file: str
     build: Build
     target: str
-    key: str
+    key: str | None  # None: it cannot even be hashed, and compiling will say why
 
 
 @dataclass
@@ -96,8 +96,6 @@ def load(request: dict[str, Any], say: Say) -> list[Job]:
     Raises:
         Wrong: with the faults of all files.
     """
-    from moebench.audit.compiling import key_of
-
     files, wrong = [], []
     for path in [Path(name) for name in request["files"]] or shipped_files():
         say({"loading": str(path)})
@@ -108,7 +106,16 @@ def load(request: dict[str, Any], say: Say) -> list[Job]:
     if wrong:
         raise Wrong(wrong)
     chosen = select(files, request)
-    return [Job(at, file, build, target, key_of(build, target)) for at, (file, build, target) in enumerate(chosen)]
+    return [Job(at, file, build, target, _key(build, target)) for at, (file, build, target) in enumerate(chosen)]
+
+
+def _key(build: Build, target: str) -> str | None:
+    from moebench.audit.compiling import key_of
+
+    try:
+        return key_of(build, target)
+    except Exception:  # noqa: BLE001 - Triton reads the source here, and may find fault with it
+        return None
 
 
 def compile_all(jobs: list[Job], request: dict[str, Any], say: Say) -> None:
@@ -118,7 +125,7 @@ def compile_all(jobs: list[Job], request: dict[str, Any], say: Say) -> None:
     cache = Cache(cache_folder(), frozenset(Facts.__annotations__))
     waiting, running = deque[Job](), dict[Connection, Running]()
     for job in jobs:
-        if kept := cache.get(job.key):
+        if job.key and (kept := cache.get(job.key)):
             say(_answer(job, facts=kept, cached=True))
         else:
             waiting.append(job)
@@ -133,8 +140,8 @@ def compile_all(jobs: list[Job], request: dict[str, Any], say: Say) -> None:
             for connection, ended in list(_ended(running, request["timeout_s"])):
                 del running[connection]
                 say(ended)
-                if "facts" in ended:
-                    cache.put(jobs[ended["number"]].key, ended["facts"])
+                if "facts" in ended and (key := jobs[ended["number"]].key):
+                    cache.put(key, ended["facts"])
     finally:
         for left in running.values():
             _kill(left.process)
@@ -249,7 +256,7 @@ def serve(request: dict[str, Any], say: Say) -> None:
     except Exception as error:  # noqa: BLE001 - a broken install raises anything
         say({"unavailable": f"triton cannot be imported: {' '.join(str(error).split())[:300]}"})
         return
-    signal.alarm(max(1, int(request["timeout_s"])))  # a file that never ends loading; SIGALRM ends the process
+    signal.alarm(max(1, int(request["load_timeout_s"])))  # a file that never ends loading; SIGALRM ends the process
     try:
         jobs = load(request, say)
     except Wrong as wrong:
