@@ -23,6 +23,7 @@ from moebench_kernels.checks import FLOATS, check_launch, check_same_dtype, chec
 from moebench_kernels.dot import dot
 from moebench_kernels.plan import Plan
 from moebench_kernels.runtime import cdiv, interpreting, jit, next_power_of_2, on_device, tl
+from moebench_kernels.tiles import TMA_FAMILIES, device_family, processors
 
 
 def ragged_gemm_torch(
@@ -67,8 +68,6 @@ TILES = {
     "interpreter": RaggedConfig(32, 64, 16, 4, 1),  # small, so that small tests cross tiles in every direction
 }
 FP32 = RaggedConfig(64, 64, 16, 4, 3, per_unit=2)  # FMA units: 32 rows at a time spill
-UNITS = 4  # of the interpreter
-TMA_FAMILIES = ("sm_90", "sm_100", "interpreter")
 
 
 def ragged_config(M: int, N: int, dtype: torch.dtype, family: str, *, gather_right: bool = False) -> RaggedConfig:
@@ -168,16 +167,6 @@ def _ragged_gemm_kernel(
         tl.store(at_dw, total.to(dw_ptr.dtype.element_ty), mask=exists)
 
 
-def device_family(tensor: Tensor) -> str:
-    """Which tile table serves a tensor's device."""
-    if not tensor.is_cuda:
-        return "interpreter"
-    properties = torch.cuda.get_device_properties(tensor.device)
-    if torch.version.hip:
-        return "gfx950" if properties.gcnArchName.startswith("gfx95") else "gfx942"
-    return {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
-
-
 def _operand(rows: Tensor, gather: bool, family: str, block: list[int]) -> tuple[object, bool]:
     """What the kernel takes, and whether that is a TMA descriptor: where rows come in order and 16-byte aligned."""
     aligned = rows.data_ptr() % 16 == 0 and rows.stride(0) * rows.element_size() % 16 == 0
@@ -202,12 +191,11 @@ def _ragged_gemm(
     M, N, E = left.shape[1], right.shape[1], offsets.shape[0] - 1
     if row2assignment.shape[0] == 0:
         return right.new_zeros(E, M, N)
-    dw, family = right.new_empty(E, M, N), device_family(right)
+    dw, family = right.new_empty(E, M, N), device_family(right.device)
     c = ragged_config(M, N, right.dtype, family, gather_right=gather_right)
     left_in, left_tma = _operand(left, gather_left, family, [c.block_r, c.block_m])
     right_in, right_tma = _operand(right, gather_right, family, [c.block_r, c.block_n])
-    units = torch.cuda.get_device_properties(right.device).multi_processor_count if right.is_cuda else UNITS
-    programs = min(units * c.per_unit, E * cdiv(M, c.block_m) * cdiv(N, c.block_n))
+    programs = min(processors(right.device) * c.per_unit, E * cdiv(M, c.block_m) * cdiv(N, c.block_n))
     with on_device(right):
         _ragged_gemm_kernel[(programs,)](
             left_in, right_in, dw, offsets, heaviest_first(offsets), row2assignment, M, N, E,
