@@ -25,6 +25,9 @@ from moebench_kernels.grouped_gemm import _grouped_gemm_kernel
 from moebench_kernels.grouped_gemm import build as gemm_build
 from moebench_kernels.permute import _permute_kernel, permute_config
 from moebench_kernels.plan import CONFIG, _count_kernel, _rank_kernel, _scan_kernel
+from moebench_kernels.quantise import _quantise_rows_kernel
+from moebench_kernels.quantise import builds as quantise_builds
+from moebench_kernels.quantised_gemm import builds as quantised_gemm_builds
 from moebench_kernels.ragged_gemm import _ragged_gemm_kernel, ragged_config
 from moebench_kernels.tiles import GemmConfig
 
@@ -32,7 +35,8 @@ TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Pointers that do not hold the layer's own dtype.
 INT32 = {"ids_ptr", "offsets_ptr", "blocks_ptr", "counts_ptr", "order_ptr", "row2assignment_ptr", "token2row_ptr"}
 FP32 = {"weights_ptr", "d_weights_ptr"}
-DIVISIBLE = ("*i32", "*fp32", "*fp16", "*bf16", "i32")
+DIVISIBLE = ("*i32", "*fp32", "*fp16", "*bf16", "*fp8e4nv", "*i8", "*u8", "i32")
+QUANTISED = ("_quantise_rows_kernel", "_eight_bit_kernel", "_four_bit_kernel")  # declared by their files' builds()
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,16 @@ def gates(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build
     ]
 
 
+def quantised(capability: int) -> list[Build]:
+    """What the quantised kernels' files declare for few rows; their audit compiles all of it."""
+    declared = [b for b in quantise_builds() + quantised_gemm_builds() if f"sm_{capability}" in b.targets]
+    few = [b for b in declared if b.kernel is _quantise_rows_kernel or " swiglu m16 " in b.name]
+    return [
+        Build(b.name, b.kernel, "bf16", capability, dict(b.constants), b.num_warps, b.num_stages, types={**b.signature})
+        for b in few
+    ]
+
+
 def builds() -> list[Build]:
     """One build per kernel and target at least; the GEMM in each of its shipped tiles and each dtype."""
     ones = ("n_rows", "N", "K", "n_experts")
@@ -170,6 +184,7 @@ def builds() -> list[Build]:
         gemm("fp32", 80, 16, False, None, ones=ones), gemm("fp32", 80, 16, True, "swiglu", ones=ones),
         gemm("fp32", 80, 16, True, None, True, ones=ones),
         ragged("bf16", 90), ragged("fp16", 80), ragged("fp32", 80),
+        *quantised(80), *quantised(90),
         *small("bf16", 90), *small("fp32", 80), *small("fp16", 80, ("T", "D", "F", "E", "n", "n_rows", "n_blocks")),
     ]  # fmt: skip
 
