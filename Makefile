@@ -6,7 +6,7 @@ ARGS ?=
 CONSTRAINTS ?= constraints.txt
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --quiet $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: run test test-quick test-full lint format clean
+.PHONY: run test test-quick test-full audit lint format clean
 
 run: .venv/run
 	.venv/bin/moebench run suite $(SUITE) $(ARGS)
@@ -21,6 +21,10 @@ test-quick: .venv/dev
 # Every kernel on the full product of shapes: hours in the interpreter.
 test-full: .venv/dev
 	.venv/bin/python -m pytest -m full
+
+# Every shipped kernel in every shipped tile, compiled for each of its targets; fails on a fault. No GPU.
+audit: .venv/run
+	.venv/bin/moebench audit --all $(ARGS)
 
 lint: .venv/dev
 	.venv/bin/ruff check .

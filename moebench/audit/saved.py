@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moebench.audit.rows import Row
+from moebench.audit.rows import FACTS, LIMITED
 from moebench.audit.run import Audit
 
 NAME = "audit.json"
@@ -54,5 +54,5 @@ def read_audit(folder: Path) -> dict[str, Any] | None:
 
 
 def _are_rows(rows: Any) -> bool:
-    fields = Row(build="", target="", verdict="", faults=[], registers=None, cached=False, compile_ms=None)
-    return isinstance(rows, list) and all(isinstance(row, dict) and fields.keys() <= row.keys() for row in rows)
+    needed = {"build", "target", "verdict", "faults", "cached", "compile_ms", *FACTS, *LIMITED}
+    return isinstance(rows, list) and all(isinstance(row, dict) and needed <= row.keys() for row in rows)

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from moebench.analyse import NOISE, Cap, Headline, Run, headlines, load_runs, name_rows, ratios
 from moebench.record import FAULTS
 from moebench.report import findings
+from moebench.report.audits import audit_sections
 from moebench.report.columns import COLUMNS, DETAILS
 from moebench.report.rows import anchors, pack, page_rows
 
@@ -31,7 +32,7 @@ def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None
     Raises:
         ValueError: a directory is not a run, or the baseline was never measured.
     """
-    page = render(load_runs(runs), baseline=baseline)
+    page = render(load_runs(runs), baseline=baseline, audits=audit_sections(runs))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
@@ -42,8 +43,8 @@ def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None
     return out
 
 
-def render(runs: list[Run], *, baseline: str | None = None) -> str:
-    """The page as text."""
+def render(runs: list[Run], *, baseline: str | None = None, audits: Sequence[dict[str, Any]] = ()) -> str:
+    """The page as text; `audits` as `audit_sections` gives them."""
     table, systems = joined(runs, baseline)
     table["anchor"] = anchors(table["point_id"])
     rows, families = page_rows(table)
@@ -84,6 +85,7 @@ def render(runs: list[Run], *, baseline: str | None = None) -> str:
             absences=findings.absences(table, manifests),
             troubles=findings.troubles(table, rows),
             flags=findings.flags(table),
+            audits=audits,
             data=embedded_json(data),
             plotly=_plotly(),
             style=_asset("page.css"),
