@@ -6,6 +6,7 @@ Importable without triton; see `triton_available`.
 
 from moebench_kernels.activation import ACTIVATIONS
 from moebench_kernels.combine import combine, combine_torch
+from moebench_kernels.decode import decode_form, decode_layer, decode_layer_torch
 from moebench_kernels.gate import topk_gate, topk_gate_torch
 from moebench_kernels.grouped_gemm import grouped_gemm, grouped_gemm_torch
 from moebench_kernels.layer import moe_layer, moe_layer_torch
@@ -25,6 +26,9 @@ __all__ = [
     "Plan",
     "combine",
     "combine_torch",
+    "decode_form",
+    "decode_layer",
+    "decode_layer_torch",
     "down_projection",
     "down_projection_torch",
     "grouped_gemm",

@@ -60,7 +60,7 @@ def test_large_tiles_use_hopper_tensor_cores(built: list[dict]) -> None:
 
 
 def test_no_kernel_is_left_out(built: list[dict]) -> None:
-    """Each @jit kernel of the package is among the compiled ones, or among the builds its file declares to the audit."""
+    """Each @jit kernel of the package is among the compiled ones, or among its file's builds (the audit's)."""
     source = (HERE / "compile_kernels.py").read_text()
     package = Path(moebench_kernels.__file__).parent
     kernels = [
