@@ -77,7 +77,14 @@ def group_of(kind: str) -> int:
 
 
 def supported(kind: str, device: torch.device | str) -> str | None:
-    """Why a device cannot run a kind, in one line; None where it can. Launches nothing.
+    """Whether a device has what a kind needs. Launches nothing; takes the interpreter for able.
+
+    Args:
+        kind: "fp8:row", "fp8:128", "int8" or "w4a16:G".
+        device: any.
+
+    Returns:
+        None where it has; else why not, in one line that names the device.
 
     Raises:
         ValueError: a kind that does not exist.

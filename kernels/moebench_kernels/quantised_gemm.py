@@ -29,8 +29,9 @@ from moebench_kernels.quantise import (
     group_of,
 )
 from moebench_kernels.quantised_kernels import _eight_bit_kernel, _four_bit_kernel
-from moebench_kernels.quantised_tiles import TMA_FAMILIES, QuantisedTile, device_family, quantised_tile
+from moebench_kernels.quantised_tiles import QuantisedTile, quantised_tile
 from moebench_kernels.runtime import cdiv, interpreting, on_device
+from moebench_kernels.tiles import TMA_FAMILIES, device_family, processors
 
 
 def quantised_gemm_torch(
@@ -103,7 +104,7 @@ def _quantised_gemm(
     whole = not group_of(kind) or K % group_of(kind) == 0  # a descriptor cannot stop at the end of a partial group
     left, c["ROWS_TMA"] = (rows, False) if gather or not whole else _operand(rows, block_m, columns, family)
     right, c["W_TMA"] = _operand(values, tile.block_n, columns, family)
-    programs = min(tile.per_sm * _multiprocessors(rows.device), len(tile2expert) * cdiv(N, tile.block_n))
+    programs = min(tile.per_sm * processors(rows.device), len(tile2expert) * cdiv(N, tile.block_n))
     plan = (offsets, tile_offsets, tile2expert, row2assignment, n_rows, N, K, n_experts)
     c |= {"TOP_K": top_k, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
     with on_device(rows):
@@ -122,11 +123,6 @@ def _empty_out(
     block_m: int, top_k: int, activation: str, gather: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return rows.new_empty(row2assignment.shape[0], values.shape[1] // input_maps(activation), dtype=dtype)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    # In the interpreter few, so that a program has several tiles to walk.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def quantised_gemm(

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from moebench_kernels.quantise import group_of
 
 
@@ -53,23 +51,14 @@ _PLAIN = {
     ("w4a16", False): {16: T(64, 128, 4, 4, 2), 64: T(64, 64, 4, 3, 2), 128: T(64, 64, 8, 3)},
     ("w4a16", True): {16: T(64, 128, 4, 4, 2), 32: T(64, 64, 4, 4, 2), 64: T(64, 64, 4, 3, 2), 128: T(64, 64, 8, 3)},
 }
-TMA_FAMILIES = ("sm_90", "sm_100", "sm_103", "interpreter")
 
 
 def quantised_tile(kind: str, block_m: int, gated: bool, family: str) -> QuantisedTile:
     """The tile for a plan's block_m on a device family ("sm_90", "gfx942", "interpreter", ..)."""
-    table = {"sm_90": _HOPPER, "interpreter": _HOPPER, "sm_100": _BLACKWELL, "sm_103": _BLACKWELL}.get(family, _PLAIN)
+    table = {"sm_90": _HOPPER, "interpreter": _HOPPER, "sm_100": _BLACKWELL}.get(family, _PLAIN)
     name = "w4a16" if group_of(kind) else {"fp8:128": "block", "fp8:row": "row"}.get(kind, kind)
     name = name if (name, gated) in table else "row"
     tiles = table[name, gated]
     tile = tiles[min(rows for rows in tiles if rows >= min(block_m, 128))]
     # AMD's 64 KiB of shared memory (gfx942) hold two stages.
     return replace(tile, num_stages=2) if family.startswith("gfx") else tile
-
-
-def device_family(device: torch.device) -> str:
-    """ "sm_90", "gfx942" and so on; "interpreter" on the CPU."""
-    if device.type != "cuda":
-        return "interpreter"
-    found = torch.cuda.get_device_properties(device)
-    return found.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
