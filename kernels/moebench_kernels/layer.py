@@ -26,6 +26,8 @@ from moebench_kernels.activation_gemm_backward import launch_activation_gemm_bac
 from moebench_kernels.bias_gradient import bias_gradient
 from moebench_kernels.checks import FLOATS, INTEGERS, check_choice, check_launch, check_same_dtype, check_tensor
 from moebench_kernels.combine import combine_torch, launch_gather_sum
+from moebench_kernels.decode import MAX_TOKENS, decode_layer
+from moebench_kernels.decode_gemm import MAX_ASSIGNMENTS
 from moebench_kernels.grouped_gemm import check_bias, grouped_gemm_torch, launch_grouped_gemm
 from moebench_kernels.plan import Plan, routing_plan, routing_plan_torch
 from moebench_kernels.projections import check_gate_up, up_projection_torch
@@ -174,6 +176,8 @@ def moe_layer(
         capacity, priority: as `routing_plan` takes them: most rows an expert keeps, and which it keeps first.
         plan: the plan of `ids`, if the caller has one; `ids` is then not read, and capacity belongs to the plan.
 
+    Where no gradient is wanted, up to 128 tokens without plan and capacity take the decode path (`decode_layer`).
+
     Returns:
         y [T, D] of x's dtype. The activations and the experts' answers are rounded to x's dtype in between,
         the pre-activation is not. Where no gradient is wanted nothing is kept, else x, the pre-activation
@@ -199,6 +203,10 @@ def _forward(
     """Which way the checked layer goes."""
     differentiable = _given(x=x, weights=weights, w1=w_gate_up, w2=w_down, b1=b_gate_up, b2=b_down).values()
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    if plan is None and not options and not keep and x.shape[0] <= MAX_TOKENS and ids.shape[1] <= MAX_ASSIGNMENTS:
+        return decode_layer(
+            x, ids, weights, w_gate_up, w_down, activation=activation, b_gate_up=b_gate_up, b_down=b_down
+        )
     if plan is None:
         plan = routing_plan(ids, w_gate_up.shape[0], **options)
     y, _z = _moe_layer(
