@@ -82,6 +82,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     return y.to(hidden_states.dtype)
 
 
+@torch.compiler.assume_constant_result
 def activation_of(module: nn.Module) -> str:
     """Which of our activations an experts module computes, found by trying it on probes.
 
@@ -130,8 +131,9 @@ def _their_activation(module: nn.Module, rows: Tensor) -> Tensor:
 def expert_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters of an experts module as arguments of `moe_layer`.
 
-    Those that are stored in our layout are passed as they are. Others are converted: in training at every call, so
-    that gradients reach the module's own; otherwise once, and kept while the parameters do not change.
+    Those that are stored in our layout are passed as they are. Others are converted: in training (and under
+    torch.compile) at every call, so that gradients reach the module's own; otherwise once, and kept while the
+    parameters do not change, which takes their memory once more.
     """
     names = ["gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"]
     if getattr(module, "has_bias", False):
@@ -139,7 +141,8 @@ def expert_tensors(module: nn.Module) -> dict[str, Tensor]:
     stored = [getattr(module, name) for name in names]
     if not (getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True)):
         return _as_arguments([value.contiguous() for value in stored])
-    if torch.is_grad_enabled() and any(value.requires_grad for value in stored):
+    in_graph = torch.is_grad_enabled() and any(value.requires_grad for value in stored)
+    if in_graph or torch.compiler.is_compiling():
         return _as_arguments(_convert(module, stored))
     key = tuple((value.data_ptr(), _version(value), value.dtype, value.device) for value in stored)
     kept = _relaid.get(module)

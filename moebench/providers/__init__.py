@@ -92,7 +92,11 @@ PROVIDERS: dict[str, Listing] = {
         "torchao", "torchao: grouped GEMM that quantises rows to fp8", Package("torchao", ("torchao",), "0.18.0")
     ),
     "vllm": _peer("vllm", "vLLM: fused_experts in Triton", Package("vllm", ("vllm",), "0.11.0")),
-    "sglang": _peer("sglang", "SGLang: fused_experts in Triton", Package("sglang", ("sglang",), "0.5.5")),
+    "sglang": _peer(
+        "sglang",
+        "SGLang: fused_experts in Triton",
+        Package("sglang", ("sglang",), "0.5", "pip install 'sglang>=0.5,<0.6'"),
+    ),
     "flashinfer": _peer(
         "flashinfer",
         "FlashInfer: CUTLASS fused MoE",
