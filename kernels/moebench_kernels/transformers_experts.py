@@ -10,7 +10,6 @@ cannot become is an error that says so, never a silent fallback.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -99,8 +98,6 @@ def _identify(module: nn.Module) -> str:
     named = type(module).__name__
     if getattr(module, "has_post_expert_norm", False):
         raise NotImplementedError(f"{named} normalises each expert's answer, which the kernels do not")
-    if getattr(module, "has_bias", False) and "b_gate_up" not in inspect.signature(moe_layer).parameters:
-        raise NotImplementedError(f"{named} has expert biases, which moe_layer does not take")
     # Up to a million, far past any clamp: a limit that the probes do not reach would go unseen.
     size = torch.logspace(-3, 6, 28)
     gate, up = torch.cat([size, -size]), torch.cat([-size, size]).roll(9)

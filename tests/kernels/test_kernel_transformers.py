@@ -1,13 +1,12 @@
 """The kernels inside transformers: models that are saved, loaded and run on them give eager's answers."""
 
-import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from moebench_kernels import interpreting, moe_layer
+from moebench_kernels import interpreting
 from moebench_kernels.transformers_experts import (
     activation_of,
     expert_tensors,
@@ -23,7 +22,6 @@ transformers.utils.logging.disable_progress_bar()
 DEVICE = "cpu" if interpreting() else "cuda"
 if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.skip("no GPU, and triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
-BIASES = "b_gate_up" in inspect.signature(moe_layer).parameters
 # A large spread of the initial weights: with the usual 0.02 the experts would hardly reach the logits.
 SMALL = {"vocab_size": 48, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2,
          "max_position_embeddings": 32, "num_hidden_layers": 1, "initializer_range": 0.4}  # fmt: skip
@@ -76,10 +74,6 @@ def pair(tmp_path):
 def test_a_model_gives_eager_s_logits_gradients_and_tokens(name, pair):
     eager, ours = pair(name)
     tokens = TOKENS.to(DEVICE)
-    if name == "gpt-oss" and not BIASES:
-        with pytest.raises(NotImplementedError, match="GptOssExperts has expert biases"):
-            ours(tokens)
-        return
     for model in (eager, ours):
         model.train()
         model(tokens, labels=tokens).loss.backward()
@@ -204,6 +198,14 @@ def test_where_no_kernel_can_run_there_is_an_error(monkeypatch):
     monkeypatch.setattr("moebench_kernels.checks.triton_available", lambda: (False, "no triton here"))
     with pytest.raises(ValueError, match="no triton here"):
         experts_forward(Experts(), *inputs())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_it_compiles_whole(transposed):
+    module = Experts(transposed=transposed).requires_grad_(False)
+    x, ids, weights = inputs()
+    compiled = torch.compile(lambda *given: experts_forward(module, *given), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, ids, weights), experts_forward(module, x, ids, weights))
 
 
 def test_names():
