@@ -30,13 +30,13 @@ CASES = [
     (1, 8, 8, 48, 17, "geglu", 0.0, True, HALF, None),
     (3, 257, 3, 40, 24, "clamped_swiglu", 0.0, True, HALF, "gemv"),
     (3, 257, 2, 40, 24, "clamped_swiglu", 0.2, False, HALF, "swap_ab"),
-    (4, 60, 16, 24, 48, "swiglu", 0.1, True, WIDE, None),
+    (4, 60, 16, 24, 17, "swiglu", 0.1, True, WIDE, None),
     (4, 2, 2, 64, 17, "relu", 0.0, True, BRAIN, "gemv"),
-    (5, 160, 5, 48, 40, "swiglu", 0.0, False, HALF, "swap_ab"),
+    (3, 160, 5, 32, 17, "swiglu", 0.0, False, HALF, "swap_ab"),
     (5, 64, 16, 17, 24, "gelu", 0.5, True, WIDE, "swap_ab"),
     (16, 8, 2, 64, 96, "swiglu", 0.0, True, BRAIN, None),
-    (5, 2, 1, 300, 270, "silu", 0.3, True, WIDE, "gemv"),  # two steps through F
-    (33, 60, 4, 40, 17, "clamped_swiglu", 0.1, True, WIDE, None),
+    (3, 2, 4, 40, 270, "silu", 0.3, True, WIDE, "gemv"),  # two steps through F
+    (33, 60, 1, 24, 17, "clamped_swiglu", 0.1, True, WIDE, None),
     (33, 1, 1, 128, 300, "swiglu", 0.0, False, HALF, None),
     (16, 1, 1, 24, 304, "swiglu", 0.2, True, HALF, None),  # so few tiles that the sum is split
     (127, 8, 6, 48, 48, "gelu", 0.1, False, WIDE, None),
