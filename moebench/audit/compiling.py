@@ -110,7 +110,8 @@ def versions(nvidia: bool = True) -> dict[str, str]:
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
     found = {"triton": triton.__version__, **get_cache_invalidating_env_vars()}
-    found["readers"] = hashlib.sha256(Path(readers.__file__).read_bytes()).hexdigest()[:16]
+    own = Path(readers.__file__).read_bytes() + Path(__file__).read_bytes()  # how it is compiled and read
+    found["audit"] = hashlib.sha256(own).hexdigest()[:16]
     if nvidia:
         tools = triton.knobs.nvidia
         named = {"ptxas": tools.ptxas, "ptxas_blackwell": getattr(tools, "ptxas_blackwell", None)}

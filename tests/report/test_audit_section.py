@@ -27,7 +27,7 @@ def row(build, target="sm_90", expect=(), facts=None, **answer):
 
 def audited(folder, rows, **more):
     run = make_run(folder, **more)
-    write_audit(run, Audit(rows, {"triton": "3.7.1", "ptxas": "12.8", "readers": "0123"}))
+    write_audit(run, Audit(rows, {"triton": "3.7.1", "ptxas": "12.8", "audit": "0123"}))
     return write_report([run], folder.parent / f"{folder.name}.html")
 
 
