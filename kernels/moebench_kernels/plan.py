@@ -1,27 +1,27 @@
 """Plan: group the T*K assignments by expert.
 
-An assignment is a pair (t, k), numbered a = t*K + k; it is kept when
-0 <= ids[t, k] < E. Rows are the kept assignments sorted by expert and, within
-an expert, by a (so by token): a stable counting sort, with the same answer every time.
+An assignment is a pair (t, k), numbered a = t*K + k; it is kept when 0 <= ids[t, k] < E and, where experts have a
+capacity C, when it is among the C of its expert that come first or, given priorities, that have the highest. Rows are
+the kept assignments sorted by expert and, within an expert, by a (so by token): a stable counting sort, with the same
+answer every time.
 
-    count   blocks [B, E]   how many of each block of assignments go to each expert
-    scan    starts [B, E]   the same, summed over the blocks before; counts [E]
-    rank    row(a) = offsets[e] + starts[block, e] + how many before a in its block go to e
+    row(a) = offsets[e] + how many kept assignments of e come before a
+    row tiles of e: ceil(counts[e] / block_m), the first at tile_offsets[e]
 
-No atomics and no host synchronisation. There are always R = T*K rows; those from
-offsets[E] on belong to no expert.
+No sort, no atomics and no host synchronisation. There are always R = T*K rows; those from offsets[E] on belong to no
+expert. The kernels are in plan_kernels.py and capacity.py.
 
-Shapes: ids [T, K], counts [E], offsets [E + 1], row2assignment [T*K], token2row [T, K].
+Shapes: ids [T, K], counts [E], offsets [E + 1], row2assignment [T*K], token2row [T, K], tile_offsets [E + 2].
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moebench_kernels.capacity import launch_select, within_capacity_torch
 from moebench_kernels.checks import INTEGERS, check_launch, check_tensor
-from moebench_kernels.runtime import cdiv, jit, on_device, tl
+from moebench_kernels.plan_kernels import MAX_ASSIGNMENTS, Outputs, launch_plan
 from moebench_kernels.tiles import tile_rows
 
 
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
         token2row: int32 [T, K], the row of assignment (t, k); -1 where dropped.
         tile_offsets: int32 [E + 2]; the row tiles of group e are tile_offsets[e] .. tile_offsets[e + 1] - 1.
         tile2expert: int32 [n_row_tiles], the group of each row tile; -1 from tile_offsets[E + 1] on.
-        block_m: rows of a tile.
+        block_m: rows of a tile; by the mean load, or by the capacity where that is less.
     """
 
     counts: Tensor
@@ -87,9 +87,13 @@ class Plan(NamedTuple):
         return expert.masked_fill(self.row2assignment < 0, -1)
 
 
-def routing_plan_torch(ids: Tensor, n_experts: int) -> Plan:
+def routing_plan_torch(
+    ids: Tensor, n_experts: int, *, capacity: int | None = None, priority: Tensor | None = None
+) -> Plan:
     """Reference of `routing_plan`; runs on any device."""
-    _check_n_experts(n_experts)
+    _check_options(ids, n_experts, capacity, priority)
+    if capacity is not None:
+        ids = ids.masked_fill(~within_capacity_torch(ids, n_experts, capacity, priority), -1)
     flat = ids.flatten().long()
     dropped = (flat < 0) | (flat >= n_experts)
     group = flat.masked_fill(dropped, n_experts)
@@ -97,7 +101,7 @@ def routing_plan_torch(ids: Tensor, n_experts: int) -> Plan:
     counts = torch.bincount(group, minlength=n_experts + 1)[:n_experts].int()
     row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=ids.device))
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)])
-    block_m = tile_rows(len(flat) / n_experts)
+    block_m = _block_m(len(flat), n_experts, capacity)
     tile_offsets, tile2expert = tile_map_torch(offsets, len(flat), block_m)
     return Plan(
         counts=counts,
@@ -115,88 +119,63 @@ def tile_map_torch(offsets: Tensor, n_rows: int, block_m: int) -> tuple[Tensor, 
     ends = torch.cat([offsets, offsets.new_full((1,), n_rows)])
     tiles = (ends.diff() + block_m - 1) // block_m
     tile_offsets = torch.cat([offsets.new_zeros(1), tiles.cumsum(0, dtype=torch.int32)])
-    bound = n_rows // block_m + min(len(offsets), n_rows)
+    bound = _row_tile_bound(n_rows, len(offsets) - 1, block_m)
     tile = torch.arange(bound, dtype=torch.int32, device=offsets.device)
     group = torch.searchsorted(tile_offsets[1:], tile, right=True, out_int32=True)
     return tile_offsets, group.masked_fill(tile >= tile_offsets[-1], -1)
 
 
-@dataclass(frozen=True)
-class PlanConfig:
-    """Tiles of the plan kernels.
-
-    Attributes:
-        block_a: assignments a program takes; ranking compares all pairs of them.
-        block_e: experts compared at a time.
-        block_b: blocks of assignments scanned at a time.
-    """
-
-    block_a: int = 128
-    block_e: int = 32
-    block_b: int = 64
-    num_warps: int = 4
+def _row_tile_bound(n_rows: int, n_experts: int, block_m: int) -> int:
+    """Each group, that of no expert included, wastes less than a tile."""
+    return n_rows // block_m + min(n_experts + 1, n_rows)
 
 
-CONFIG = PlanConfig()
+def _block_m(n_rows: int, n_experts: int, capacity: int | None) -> int:
+    load = n_rows / n_experts
+    return tile_rows(load if capacity is None else min(load, capacity))
 
 
-@jit
-def _load_ids(ids_ptr, at, n, E):
-    """Expert ids int32, -1 where dropped or past the end. Judged before narrowing, as an int64 id may wrap."""
-    ids = tl.load(ids_ptr + at, mask=at < n, other=-1)
-    return tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32)
+def _empty_plan(ids: Tensor, n_experts: int, block_m: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The Plan's tensors, not filled in."""
+    n = ids.numel()
+    sizes = (n_experts, n_experts + 1, n, tuple(ids.shape), n_experts + 2, _row_tile_bound(n, n_experts, block_m))
+    counts, offsets, row2assignment, token2row, tile_offsets, tile2expert = (
+        torch.empty(size, dtype=torch.int32, device=ids.device) for size in sizes
+    )
+    return counts, offsets, row2assignment, token2row, tile_offsets, tile2expert
 
 
-@jit
-def _count_kernel(ids_ptr, blocks_ptr, n, E, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr):
-    block = tl.program_id(0)
-    ids = _load_ids(ids_ptr, block * BLOCK_A + tl.arange(0, BLOCK_A), n, E)
-    for first in range(0, E, BLOCK_E):
-        expert = first + tl.arange(0, BLOCK_E)
-        count = tl.sum((ids[:, None] == expert[None, :]).to(tl.int32), axis=0)
-        tl.store(blocks_ptr + block.to(tl.int64) * E + expert, count, mask=expert < E)
+@torch.library.custom_op("moebench::routing_plan", mutates_args=())
+def _routing_plan(
+    ids: Tensor, n_experts: int, block_m: int, capacity: int | None, priority: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_launch(ids=ids, **({} if priority is None else {"priority": priority}))
+    plan = _empty_plan(ids, n_experts, block_m)
+    _counts, offsets, row2assignment, token2row, _, _ = plan
+    if capacity is None or priority is None:
+        launch_plan(ids.contiguous(), Outputs(*plan, offsets, row2assignment), block_m, capacity, False)
+        return plan
+    all_offsets, by_expert = torch.empty_like(offsets), torch.empty_like(row2assignment)
+    launch_plan(ids.contiguous(), Outputs(*plan, all_offsets, by_expert), block_m, capacity, True)
+    launch_select(priority.contiguous(), by_expert, all_offsets, offsets, row2assignment, token2row, capacity)
+    return plan
 
 
-@jit
-def _scan_kernel(blocks_ptr, counts_ptr, n_blocks, E, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr):
-    """In place: each block's count becomes the sum over the blocks before it."""
-    expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    before = tl.zeros([BLOCK_E], tl.int32)
-    for first in range(0, n_blocks, BLOCK_B):
-        block = first + tl.arange(0, BLOCK_B)
-        at = blocks_ptr + block.to(tl.int64)[:, None] * E + expert[None, :]
-        exists = (block < n_blocks)[:, None] & (expert < E)[None, :]
-        count = tl.load(at, mask=exists, other=0)
-        tl.store(at, before[None, :] + tl.cumsum(count, axis=0) - count, mask=exists)
-        before += tl.sum(count, axis=0)
-    tl.store(counts_ptr + expert, before, mask=expert < E)
+@_routing_plan.register_fake
+def _(ids, n_experts, block_m, capacity, priority):
+    return _empty_plan(ids, n_experts, block_m)
 
 
-@jit
-def _rank_kernel(
-    ids_ptr, offsets_ptr, blocks_ptr, row2assignment_ptr, token2row_ptr, n, E, BLOCK_A: tl.constexpr
-):  # fmt: skip
-    block = tl.program_id(0)
-    inside = tl.arange(0, BLOCK_A)
-    at = block * BLOCK_A + inside
-    ids = _load_ids(ids_ptr, at, n, E)
-    kept = ids >= 0
-    earlier = (ids[:, None] == ids[None, :]) & (inside[None, :] < inside[:, None])
-    rank = tl.sum(earlier.to(tl.int32), axis=1)
-    start = tl.load(offsets_ptr + ids, mask=kept, other=0)
-    start += tl.load(blocks_ptr + block.to(tl.int64) * E + ids, mask=kept, other=0)
-    row = start + rank
-    tl.store(row2assignment_ptr + row, at, mask=kept)
-    tl.store(token2row_ptr + at, tl.where(kept, row, -1), mask=at < n)
-
-
-def routing_plan(ids: Tensor, n_experts: int) -> Plan:
+def routing_plan(ids: Tensor, n_experts: int, *, capacity: int | None = None, priority: Tensor | None = None) -> Plan:
     """Group assignments by expert, stably, without atomics and without asking the host.
 
     Args:
-        ids: int32 or int64 [T, K]; -1, and any id outside 0..E-1, is a dropped assignment. T may be 0; T*K < 2**31.
-            Any strides.
+        ids: int32 or int64 [T, K]; -1, and any id outside 0..E-1, is a dropped assignment. T may be 0;
+            T*K < 2**31 - 1024. Any strides. An expert may stand twice in a row.
         n_experts: E >= 1.
+        capacity: C >= 0, the most assignments an expert keeps; None: all.
+        priority: float32 [T, K], any strides: those of highest priority stay, of equals the first; NaN is lowest.
+            None: the first C stay, in the order t*K + k. The rows of an expert are in that order either way.
 
     Returns:
         The `Plan`; equal to `routing_plan_torch` bit for bit.
@@ -204,39 +183,30 @@ def routing_plan(ids: Tensor, n_experts: int) -> Plan:
     Raises:
         TypeError, ValueError: before any launch.
 
-    Source: counting sort as in Knuth, TAOCP vol. 3, 5.2 algorithm D, over blocks.
+    Source: counting sort as in Knuth, TAOCP vol. 3, 5.2 algorithm D, over blocks; capacity as in Switch Transformer,
+    arXiv 2101.03961, section 2.2; priorities as in batch prioritised routing, Riquelme 2021, arXiv 2106.05974.
     """
-    _check_n_experts(n_experts)
     check_tensor("ids", ids, ("T", "K"), INTEGERS, strided=True)
-    check_launch(ids=ids)
-    ids, n = ids.contiguous(), ids.numel()
-    if n >= 2**31 - CONFIG.block_a:
-        raise ValueError(f"ids has {n} assignments; fewer than 2**31 - {CONFIG.block_a} are supported")
-    n_blocks = cdiv(n, CONFIG.block_a)
-    integers = {"dtype": torch.int32, "device": ids.device}
-    counts = torch.zeros(n_experts, **integers)
-    offsets = torch.zeros(n_experts + 1, **integers)
-    row2assignment, token2row = torch.full((n,), -1, **integers), torch.empty(ids.shape, **integers)
-    block_m = tile_rows(n / n_experts)
-    if n == 0:
-        return Plan(counts, offsets, row2assignment, token2row, *tile_map_torch(offsets, n, block_m), block_m)
-    blocks = torch.empty(n_blocks, n_experts, **integers)
-    c = CONFIG
-    with on_device(ids):
-        _count_kernel[(n_blocks,)](
-            ids, blocks, n, n_experts, BLOCK_A=c.block_a, BLOCK_E=c.block_e, num_warps=c.num_warps
-        )
-        _scan_kernel[(cdiv(n_experts, c.block_e),)](
-            blocks, counts, n_blocks, n_experts, BLOCK_B=c.block_b, BLOCK_E=c.block_e, num_warps=c.num_warps
-        )
-        torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
-        _rank_kernel[(n_blocks,)](
-            ids, offsets, blocks, row2assignment, token2row, n, n_experts,
-            BLOCK_A=c.block_a, num_warps=c.num_warps,
-        )  # fmt: skip
-    return Plan(counts, offsets, row2assignment, token2row, *tile_map_torch(offsets, n, block_m), block_m)
+    _check_options(ids, n_experts, capacity, priority)
+    n = ids.numel()
+    if n >= MAX_ASSIGNMENTS:
+        raise ValueError(f"ids has {n} assignments; fewer than {MAX_ASSIGNMENTS} (2**31 - 1024) are supported")
+    block_m = _block_m(n, n_experts, capacity)
+    if capacity is not None and capacity >= n:
+        capacity = None  # drops nothing
+    return Plan(*_routing_plan(ids, n_experts, block_m, capacity, priority), block_m)
 
 
-def _check_n_experts(n_experts: int) -> None:
+def _check_options(ids: Tensor, n_experts: int, capacity: int | None, priority: Tensor | None) -> None:
     if n_experts < 1:
         raise ValueError(f"n_experts is {n_experts}; it must be at least 1")
+    if capacity is None and priority is not None:
+        raise ValueError("priority is given without a capacity; it decides which assignments a full expert drops")
+    if capacity is not None and (not isinstance(capacity, int) or isinstance(capacity, bool)):
+        raise TypeError(f"capacity is a {type(capacity).__name__}; an int or None is needed")
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"capacity is {capacity}; it must be at least 0")
+    if priority is not None:
+        check_tensor("priority", priority, tuple(ids.shape), (torch.float32,), strided=True)
+        if priority.device != ids.device:
+            raise ValueError(f"one device is needed for all, found: ids on {ids.device}, priority on {priority.device}")

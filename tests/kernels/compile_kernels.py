@@ -18,13 +18,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moebench_kernels.activation import _activation_backward_kernel, activation_config
+from moebench_kernels.capacity import builds as capacity_builds
 from moebench_kernels.combine import _combine_backward_kernel, _gather_sum_kernel, combine_config
 from moebench_kernels.gate import builds as gate_builds
 from moebench_kernels.gate_backward import builds as gate_backward_builds
 from moebench_kernels.grouped_gemm import _grouped_gemm_kernel
 from moebench_kernels.grouped_gemm import build as gemm_build
 from moebench_kernels.permute import _permute_kernel, permute_config
-from moebench_kernels.plan import CONFIG, _count_kernel, _rank_kernel, _scan_kernel
+from moebench_kernels.plan_kernels import builds as plan_builds
 from moebench_kernels.quantise import _quantise_rows_kernel
 from moebench_kernels.quantise import builds as quantise_builds
 from moebench_kernels.quantised_gemm import builds as quantised_gemm_builds
@@ -135,15 +136,11 @@ def ragged(dtype: str, capability: int) -> Build:
 
 def small(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build]:
     """Everything that is no GEMM, at D = 2048, F = 1024, E = 64, K = 8."""
-    p, m = CONFIG, permute_config(2048)
+    m = permute_config(2048)
     c, a = combine_config(2048), activation_config(1024)
     rows = {"TOP_K": 8, "BLOCK_D": c.block_d}
-    blocks = {"BLOCK_A": p.block_a, "BLOCK_E": p.block_e}
     slopes = {"KIND": "gelu", "IS_GATED": True, "WEIGHTED": True, "BLOCK_R": a.block_r, "BLOCK_F": a.block_f}
     kernels: list[tuple[str, Any, dict[str, Any]]] = [
-        ("count", _count_kernel, blocks),
-        ("scan", _scan_kernel, {"BLOCK_B": p.block_b, "BLOCK_E": p.block_e}),
-        ("rank", _rank_kernel, {"BLOCK_A": p.block_a}),
         ("permute", _permute_kernel, {"TOP_K": 8, "BLOCK_R": m.block_r, "BLOCK_D": m.block_d}),
         ("combine", _gather_sum_kernel, rows | {"WEIGHTED": True, "BLOCK_T": c.block_t}),
         ("combine backward", _combine_backward_kernel, rows | {"BLOCK_R": c.block_t}),
@@ -160,6 +157,15 @@ def gates(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build
         Build(b.name, b.kernel, dtype, capability, dict(b.constants), b.num_warps, ones=ones, types={**b.signature})
         for b in gate_builds() + gate_backward_builds()
         if b.signature["logits_ptr"] == f"*{dtype}"
+    ]
+
+
+def plans(capability: int, ones: tuple[str, ...] = ()) -> list[Build]:
+    """Each kernel of the plan and of its capacity once, in the first build its file declares."""
+    first = {b.kernel.__name__: b for b in reversed(plan_builds() + capacity_builds())}
+    return [
+        Build(b.name, b.kernel, "fp32", capability, dict(b.constants), b.num_warps, ones=ones, types={**b.signature})
+        for b in first.values()
     ]
 
 
@@ -185,6 +191,7 @@ def builds() -> list[Build]:
         gemm("fp32", 80, 16, True, None, True, ones=ones),
         ragged("bf16", 90), ragged("fp16", 80), ragged("fp32", 80),
         *quantised(80), *quantised(90),
+        *plans(90), *plans(80, ("n", "E", "n_tiles", "n_chunks", "n_groups", "capacity")),
         *small("bf16", 90), *small("fp32", 80), *small("fp16", 80, ("T", "D", "F", "E", "n", "n_rows", "n_blocks")),
     ]  # fmt: skip
 
