@@ -202,12 +202,18 @@ def _twin_draw(draw: Draw, small: LayerSpec, router: Tensor, tokens: int, index:
 
 def row_sums(weights: Weights) -> dict[str, Tensor]:
     """float32 sums over the last dimension, by name: equal to the last bit while nobody writes to the weights."""
-    return {name: value.detach().sum(-1, dtype=torch.float32) for name, value in weights.tensors().items()}
+    return {name: _countable(value).sum(-1, dtype=torch.float32) for name, value in weights.tensors().items()}
+
+
+def _countable(value: Tensor) -> Tensor:
+    """What torch can sum: fp8 as the integers that its bits are."""
+    return value.detach().view(torch.uint8) if value.dtype == torch.float8_e4m3fn else value.detach()
 
 
 def _leaves(weights: Weights) -> Weights:
     """The same storage as leaves that collect gradients."""
-    return Weights(**{name: value.detach().requires_grad_() for name, value in weights.tensors().items()})
+    leaves: dict[str, Any] = {name: value.detach().requires_grad_() for name, value in weights.tensors().items()}
+    return Weights(**leaves)
 
 
 def _poison(output: Any) -> None:

@@ -68,9 +68,7 @@ def eager_errors(case: Case, weights: Weights, inputs: Inputs) -> Errors:
     pick = sample_tokens(inputs.ids, 64).to(inputs.x.device)
     x, ids, gates = inputs.x[pick], inputs.ids[pick], inputs.weights[pick]
     with torch.no_grad():
-        y = torch_loop.experts(
-            x, ids, gates, weights.w_gate_up, weights.w_down, activation=case.layer.activation, slots=None
-        )
+        y = torch_loop.experts(x, ids, gates, *weights.experts, activation=case.layer.activation, slots=None)
         return errors_of(y, oracle.experts(case.layer, weights, x.double(), ids, gates.double()))
 
 
@@ -105,11 +103,12 @@ def _check_whole(
         dense = answer.once(("dense", case.scope), lambda: reference(case, weights, x, ids, given.double()))
         return [("", errors_of(y[pick], dense))], None
 
-    def ask(ids: Tensor, given: Tensor) -> Tensor:
+    def ask(weights: Weights, ids: Tensor, given: Tensor) -> Tensor:
         return reference(case, weights, x, *_gates(case, weights, x, ids, given))
 
-    expected = answer.once(("y", case.scope, case.capacity_factor), lambda: ask(ids, given))
-    dropless = answer.once(("y", case.scope, DROPLESS), lambda: ask(wanted, wanted_given))
+    whole = ("y", case.scope, DROPLESS) if weights.quantised is None else ("unquantised y", case.scope)
+    expected = answer.once(("y", case.scope, case.capacity_factor), lambda: ask(weights, ids, given))
+    dropless = answer.once(whole, lambda: ask(weights.unquantised(), wanted, wanted_given))
     parts = [("", errors_of(y[pick], expected))]
     if case.direction == "forward_backward":
         parts += _check_gradients(case, weights, answer, pick)

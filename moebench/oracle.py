@@ -20,7 +20,7 @@ def experts(layer: LayerSpec, weights: Weights, x: Tensor, ids: Tensor, gates: T
     y = torch.zeros_like(x)
     for expert in ids[ids >= 0].unique().tolist():
         token, pick = (ids == expert).nonzero(as_tuple=True)
-        out = ffn(layer, x[token], weights.w_gate_up[expert].double(), weights.w_down[expert].double())
+        out = ffn(layer, x[token], *weights.expert(expert))
         y = y.index_add(0, token, gates[token, pick].unsqueeze(1) * out)
     return y
 

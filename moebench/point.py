@@ -20,7 +20,9 @@ DROPLESS = "dropless"
 DIRECTIONS = ("forward", "forward_backward")
 STAGES = ("gate", "plan", "permute", "up_projection", "down_projection", "combine")
 SCOPES = ("layer", "experts", *STAGES)
-PRECISIONS = ("fp32", "bf16", "fp16")
+PLAIN_PRECISIONS = ("fp32", "bf16", "fp16")
+QUANTISED_PRECISIONS = ("fp8:row", "fp8:128", "int8", "w4a16:128")  # of the experts' matrices; all else is bf16
+PRECISIONS = PLAIN_PRECISIONS + QUANTISED_PRECISIONS
 LAYOUTS = ("single",)
 PHASES = ("prefill", "decode", "train", "")
 YARDSTICKS = ("copy", "read", "gemm")
@@ -87,6 +89,11 @@ class Block:
     def points(self) -> list[Point]:
         """One Point for each variant."""
         return [Point(self.problem, variant) for variant in self.variants]
+
+
+def base_precision(precision: str) -> str:
+    """What inputs, outputs, router and shared experts are in: bf16 where only the experts' matrices are quantised."""
+    return "bf16" if precision in QUANTISED_PRECISIONS else precision
 
 
 def digest(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moebench.catalogue.support import missing
-from moebench.point import Problem, Variant
+from moebench.point import QUANTISED_PRECISIONS, STAGES, Problem, Variant, base_precision
 
 NEEDS_ROUTER = ("layer", "gate")
 # Imposed logits are z = W x. Near a square W some x are hundreds of times larger than z, and rounding them to 16 bits
@@ -14,6 +14,8 @@ NEEDS_EXPERTS = ("layer", "experts", "up_projection", "down_projection", "combin
 
 def refusal(problem: Problem, variant: Variant) -> str | None:
     """Why no provider can run this point, or None. A part that is not built is named, never replaced."""
+    if variant.precision in QUANTISED_PRECISIONS and (cannot := _cannot_quantise(problem, variant)):
+        return cannot
     reasons, scope = missing(problem.layer), variant.scope
     if scope in NEEDS_EXPERTS:
         for part in ("activation", "expert_bias"):
@@ -31,6 +33,17 @@ def refusal(problem: Problem, variant: Variant) -> str | None:
     return None
 
 
+def _cannot_quantise(problem: Problem, variant: Variant) -> str | None:
+    layer, precision = problem.layer, variant.precision
+    if problem.direction != "forward":
+        return f"precision {precision!r} is forward only"
+    if variant.scope in STAGES:
+        return f"precision {precision!r} has no stage {variant.scope!r}; scopes 'layer' and 'experts' can be run"
+    if precision.startswith("w4a16") and (layer.hidden_size % 2 or layer.expert_ffn_size % 2):
+        return f"precision {precision!r} packs two weights in a byte; hidden_size and expert_ffn_size must be even"
+    return None
+
+
 def _cannot_impose(problem: Problem) -> str | None:
     layer = problem.layer
     if layer.routed_experts <= layer.hidden_size:
@@ -45,7 +58,8 @@ def _cannot_hold(problem: Problem, variant: Variant) -> str | None:
     layer = problem.layer
     if variant.precision == "fp32" or layer.routed_experts <= WELL_CONDITIONED * layer.hidden_size:
         return None
+    rounding = f"rounding to {base_precision(variant.precision)}"
     return (
-        f"with {layer.routed_experts} experts and {layer.hidden_size} hidden units, rounding to {variant.precision} "
+        f"with {layer.routed_experts} experts and {layer.hidden_size} hidden units, {rounding} "
         "flips choices of the router; fp32 and scope 'experts' can be run"
     )

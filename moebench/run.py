@@ -26,7 +26,7 @@ from moebench.recording import Context, record_of, skipped
 from moebench.remote import Remote, Reply, WorkerLost
 from moebench.run_directory import RunDirectory
 from moebench.suite import Suite, shard
-from moebench.work import BYTES_PER_WEIGHT
+from moebench.work import held_bytes
 
 START_DEADLINE_S = 300.0
 WEIGHTS_SHARE = 0.6  # of what is available; a block whose precisions need more together is split by precision
@@ -253,7 +253,7 @@ class _Run:
 def _split_for_memory(block: Block, available_bytes: int) -> list[Block]:
     """The block, or one for each of its precisions where all their weights at once would not fit."""
     precisions = list(dict.fromkeys(variant.precision for variant in block.variants))
-    needed = sum(block.problem.layer.total_params() * BYTES_PER_WEIGHT[precision] for precision in precisions)
+    needed = sum(held_bytes(block.problem.layer, precision) for precision in precisions)
     if len(precisions) == 1 or needed <= WEIGHTS_SHARE * available_bytes:
         return [block]
     return [

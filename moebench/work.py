@@ -10,6 +10,9 @@ dropless. m is 2 input maps for gated experts and 1 for the others.
     gate              2*E*D per token                  E*D*b
     shared experts    2*(m+1)*D*Fs per token           (m+1)*D*Fs*b
 
+Quantised precisions: b is of the experts' matrices, per matrix and with its scales; all else, the activations
+among it, is bf16.
+
 Copies, activations and the weighted sum are not counted as FLOPs.
 """
 
@@ -18,9 +21,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moebench.catalogue.spec import LayerSpec
-from moebench.point import STAGES, Problem, Variant
+from moebench.point import QUANTISED_PRECISIONS, STAGES, Problem, Variant, base_precision
 
-BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
+# Of the values alone; `matrix_bytes` counts the scales of the quantised ones.
+BYTES_PER_WEIGHT = {
+    "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5,
+    "fp8:row": 1.0, "fp8:128": 1.0, "w4a16:128": 0.5,
+}  # fmt: skip
+BLOCK = 128  # columns, and for fp8 rows, that share a scale
 ID_BYTES = 8  # int64
 GATE_WEIGHT_BYTES = 4  # float32
 
@@ -53,6 +61,30 @@ def expected_active(layer: LayerSpec, tokens: int) -> float:
     return E * (1.0 - (1.0 - K / E) ** tokens)
 
 
+def matrix_bytes(rows: int, columns: int, precision: str) -> float:
+    """Bytes of one matrix [rows, columns] of an expert, scales included.
+
+    fp8:row and int8 have a float32 a row, fp8:128 one for 128 x 128 weights, w4a16:128 a bfloat16 for 128 columns of
+    a row.
+    """
+    values, blocks = rows * columns * BYTES_PER_WEIGHT[precision], -(-columns // BLOCK)
+    scales = {"fp8:row": 4 * rows, "int8": 4 * rows, "fp8:128": 4 * -(-rows // BLOCK) * blocks}
+    return values + scales.get(precision, 2 * rows * blocks if precision == "w4a16:128" else 0)
+
+
+def expert_bytes(layer: LayerSpec, precision: str) -> tuple[float, float]:
+    """(up, down) bytes of one expert's two matrices."""
+    D, F, m = layer.hidden_size, layer.expert_ffn_size, 2 if layer.gated else 1
+    return matrix_bytes(m * F, D, precision), matrix_bytes(D, F, precision)
+
+
+def held_bytes(layer: LayerSpec, precision: str) -> float:
+    """What the worker holds of a layer: its weights; beside quantised ones also those they were made of."""
+    plain = layer.total_params() * BYTES_PER_WEIGHT[base_precision(precision)]
+    quantised = precision in QUANTISED_PRECISIONS
+    return plain + (layer.routed_experts * sum(expert_bytes(layer, precision)) if quantised else 0.0)
+
+
 def point_work(
     problem: Problem, variant: Variant, *, active_experts: float | None = None, kept: float | None = None
 ) -> Work:
@@ -65,22 +97,24 @@ def point_work(
     layer, tokens = problem.layer, problem.tokens
     A = expected_active(layer, tokens) if active_experts is None else active_experts
     kept = float(tokens * layer.top_k) if kept is None else kept
-    b = BYTES_PER_WEIGHT[variant.precision]
-    work = _forward(layer, tokens, A, kept, b, variant.scope)
+    work = _forward(layer, tokens, A, kept, variant.precision, variant.scope)
     return _with_backward(work) if problem.direction == "forward_backward" else work
 
 
 def dense_work(problem: Problem, variant: Variant) -> Work:
     """Work of the dense-ffn yardstick: one FFN of width K*F on every token, no router."""
-    layer, b = problem.layer, BYTES_PER_WEIGHT[variant.precision]
+    layer, b = problem.layer, BYTES_PER_WEIGHT[base_precision(variant.precision)]
     params = layer.top_k * layer.expert_params() + (layer.shared_params() if variant.scope == "layer" else 0)
     hidden = problem.tokens * layer.hidden_size * b
     work = Work(2.0 * problem.tokens * params, params * b, hidden, hidden)
     return _with_backward(work) if problem.direction == "forward_backward" else work
 
 
-def stage_work(layer: LayerSpec, tokens: int, active_experts: float, kept: float, b: float) -> dict[str, Work]:
+def stage_work(
+    layer: LayerSpec, tokens: int, active_experts: float, kept: float, precision: str
+) -> dict[str, Work]:  # fmt: skip
     """Work of each stage alone, its intermediate inputs and outputs included."""
+    b, (up_bytes, down_bytes) = BYTES_PER_WEIGHT[base_precision(precision)], expert_bytes(layer, precision)
     T, D, F, E, K = tokens, layer.hidden_size, layer.expert_ffn_size, layer.routed_experts, layer.top_k
     m = 2 if layer.gated else 1
     routing_bytes = T * K * (ID_BYTES + GATE_WEIGHT_BYTES)
@@ -88,8 +122,8 @@ def stage_work(layer: LayerSpec, tokens: int, active_experts: float, kept: float
         "gate": Work(2.0 * T * E * D, E * D * b, T * D * b, routing_bytes),
         "plan": Work(0.0, 0.0, T * K * ID_BYTES, kept * ID_BYTES),
         "permute": Work(0.0, 0.0, min(T, kept) * D * b, kept * D * b),
-        "up_projection": Work(kept * 2 * m * D * F, active_experts * m * D * F * b, kept * D * b, kept * F * b),
-        "down_projection": Work(kept * 2 * D * F, active_experts * D * F * b, kept * F * b, kept * D * b),
+        "up_projection": Work(kept * 2 * m * D * F, active_experts * up_bytes, kept * D * b, kept * F * b),
+        "down_projection": Work(kept * 2 * D * F, active_experts * down_bytes, kept * F * b, kept * D * b),
         "combine": Work(0.0, 0.0, kept * D * b + T * K * GATE_WEIGHT_BYTES, T * D * b),
     }
 
@@ -100,8 +134,8 @@ def shared_work(layer: LayerSpec, tokens: int, b: float) -> tuple[float, float]:
     return 2.0 * tokens * params, params * b
 
 
-def _forward(layer: LayerSpec, tokens: int, active: float, kept: float, b: float, scope: str) -> Work:
-    stages = stage_work(layer, tokens, active, kept, b)
+def _forward(layer: LayerSpec, tokens: int, active: float, kept: float, precision: str, scope: str) -> Work:
+    stages, b = stage_work(layer, tokens, active, kept, precision), BYTES_PER_WEIGHT[base_precision(precision)]
     if scope in STAGES:
         return stages[scope]
     experts = (stages["up_projection"], stages["down_projection"])

@@ -21,7 +21,7 @@ import torch
 
 from moebench.arm import Arm, Bench, make_case
 from moebench.measure import ceilings, device, energy, latency, memory
-from moebench.point import DRAWS, Problem, Variant, problem_from_json
+from moebench.point import DRAWS, QUANTISED_PRECISIONS, Problem, Variant, problem_from_json
 from moebench.providers.load import Unavailable, load
 from moebench.workload import Weights, make_draw, make_weights, weight_bytes
 from moebench.yardsticks import Yardstick, make_yardstick
@@ -106,7 +106,9 @@ class Worker:
         return {"timed": arm.timed, "prepare_ms": prepare_ms, "checked_on": arm.checked_on, **arm.routing_facts()}
 
     def yardstick(self, index: int, name: str, precision: str, flops: float) -> dict[str, Any]:
-        """Make one yardstick ready."""
+        """Make one yardstick ready; says where the device lacks its precision."""
+        if precision in QUANTISED_PRECISIONS and (lacks := _lacks(precision, self.device)):
+            return {"not_applicable": lacks}
         made = make_yardstick(
             name, precision=precision, device=self.device, flops=flops, cache_bytes=device.llc_bytes(self.kind) or 0
         )
@@ -195,6 +197,13 @@ class Worker:
     def _synchronize(self) -> None:
         if self.kind == "cuda":
             torch.cuda.synchronize()
+
+
+def _lacks(precision: str, device: str) -> str | None:
+    from moebench_kernels import supported  # not before `hello` has said how triton is to run
+
+    reason: str | None = supported(precision, device)
+    return reason
 
 
 def status_of(error: BaseException) -> str:

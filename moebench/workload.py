@@ -1,5 +1,8 @@
 """Workload: the tensors of a problem. Weights once per layer and precision, inputs in rotating static buffers.
 
+Quantised precisions: the layer is drawn in bf16 and its experts' matrices are quantised once; the oracle and every
+provider get the same quantised values, and the bf16 ones stay for what quantising costs.
+
 Weight layout (that of transformers' experts): w_gate_up [E, 2F, D], gate rows
 first ([E, F, D] for ungated experts), w_down [E, D, F], router [E, D].
 """
@@ -7,24 +10,29 @@ first ([E, F, D] for ungated experts), w_down [E, D, F], router [E, D].
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moebench.catalogue.spec import LayerSpec
-from moebench.point import Problem
+from moebench.point import QUANTISED_PRECISIONS, Problem, base_precision
 from moebench.routing import TopK, route_problem
 from moebench.routing.build import with_capacity
 from moebench.routing.logits import impose_logits
 from moebench.traffic import parse_traffic
+from moebench.work import held_bytes
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    from moebench_kernels import QuantisedWeights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of a base precision
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of one MoE layer, all of one dtype.
+    """Parameters of one MoE layer, all of one dtype (but for `quantised`).
 
     Attributes:
         router: [E, D].
@@ -33,6 +41,7 @@ class Weights:
         shared_gate_up: [m*Fs, D] or None; Fs is the width of all shared experts together.
         shared_down: [D, Fs] or None.
         shared_gate: [1, D] or None; its sigmoid scales the shared output (Qwen).
+        quantised: what w_gate_up and w_down were quantised to, in a quantised precision; else None.
     """
 
     router: Tensor
@@ -41,10 +50,39 @@ class Weights:
     shared_gate_up: Tensor | None = None
     shared_down: Tensor | None = None
     shared_gate: Tensor | None = None
+    quantised: tuple[QuantisedWeights, QuantisedWeights] | None = None
+
+    @property
+    def experts(self) -> tuple[Any, Any]:
+        """w_gate_up and w_down as providers are to take them: tensors, or QuantisedWeights."""
+        return self.quantised or (self.w_gate_up, self.w_down)
+
+    def expert(self, index: int) -> tuple[Tensor, Tensor]:
+        """One expert's matrices as asked for, float64: [m*F, D] and [D, F], dequantised where quantised."""
+        first, second = (expert_matrix(stack, index, torch.float64) for stack in self.experts)
+        return first, second
+
+    def unquantised(self) -> Weights:
+        """The layer before it was quantised."""
+        return replace(self, quantised=None)
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that exist, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        found = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        for name, weights in zip(("w_gate_up", "w_down"), self.quantised or (), strict=False):
+            found |= {f"quantised {name}": weights.values, f"scales of {name}": weights.scales}
+        return found
+
+
+def expert_matrix(stack: Tensor | QuantisedWeights, index: int, dtype: torch.dtype) -> Tensor:
+    """One expert's matrix of a stack of them, dequantised where it is quantised."""
+    if isinstance(stack, Tensor):
+        return stack[index].to(dtype)
+    from moebench_kernels import dequantise_weights  # not before the worker has said how triton is to run
+
+    one = stack._replace(values=stack.values[index : index + 1], scales=stack.scales[index : index + 1])
+    matrix: Tensor = dequantise_weights(one, dtype)[0]
+    return matrix
 
 
 @dataclass
@@ -83,16 +121,16 @@ def seed_of(*parts: object) -> int:
 
 
 def make_weights(layer: LayerSpec, precision: str, device: str, seed: int) -> Weights:
-    """Normal weights scaled by 1/sqrt(fan-in), drawn on the device."""
+    """Normal weights scaled by 1/sqrt(fan-in), drawn on the device; then quantised, in a quantised precision."""
     D, F, E, Fs = layer.hidden_size, layer.expert_ffn_size, layer.routed_experts, layer.shared_width
     m = 2 if layer.gated else 1
     generator = torch.Generator(device=device).manual_seed(seed_of(seed, "weights"))
 
     def draw(*shape: int) -> Tensor:
-        value = torch.empty(shape, dtype=DTYPES[precision], device=device)
+        value = torch.empty(shape, dtype=DTYPES[base_precision(precision)], device=device)
         return value.normal_(std=shape[-1] ** -0.5, generator=generator)
 
-    return Weights(
+    weights = Weights(
         router=draw(E, D),
         w_gate_up=draw(E, m * F, D),
         w_down=draw(E, D, F),
@@ -100,11 +138,20 @@ def make_weights(layer: LayerSpec, precision: str, device: str, seed: int) -> We
         shared_down=draw(D, Fs) if Fs else None,
         shared_gate=draw(1, D) if layer.shared_combine == "sigmoid_gate" else None,
     )
+    return quantise(weights, precision) if precision in QUANTISED_PRECISIONS else weights
+
+
+def quantise(weights: Weights, precision: str) -> Weights:
+    """The same layer with its experts' matrices quantised as well."""
+    from moebench_kernels import quantise_weights  # not before the worker has said how triton is to run
+
+    up, down = (quantise_weights(stack, precision) for stack in (weights.w_gate_up, weights.w_down))
+    return replace(weights, quantised=(up, down))
 
 
 def weight_bytes(layer: LayerSpec, precision: str) -> int:
     """What `make_weights` takes."""
-    return layer.total_params() * DTYPES[precision].itemsize
+    return round(held_bytes(layer, precision))
 
 
 @dataclass(frozen=True)
@@ -147,7 +194,7 @@ def can_impose(layer: LayerSpec) -> bool:
 def make_inputs(draw: Draw, capacity_factor: float | str, precision: str, device: str, *, backward: bool) -> Inputs:
     """The draw as a variant sees it: rounded to its precision, under its capacity rule, on its device."""
     routing = with_capacity(draw.routing, capacity_factor)
-    dtype = DTYPES[precision]
+    dtype = DTYPES[base_precision(precision)]
     return Inputs(
         x=draw.x.to(device, dtype),
         ids=routing.ids.to(device),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moebench.measure.errors import NO_ERROR, Errors, errors_of, tolerance, verdict
+from moebench.measure.gemm import DTYPES, for_right, multiply, operand, out_bytes
 from moebench.point import DRAWS
-from moebench.workload import DTYPES
 
 MIN_BYTES, MAX_BYTES = 64 << 20, 512 << 20
 
@@ -73,12 +73,13 @@ def _read(source: Tensor) -> Yardstick:
 
 def _gemm(precision: str, device: str, flops: float) -> Yardstick:
     size = max(8, round((flops / 2) ** (1 / 3) / 8) * 8)
-    left = [torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(DRAWS)]
-    right = torch.randn(size, size, device=device).to(DTYPES[precision]) * size**-0.5
+    dtype = DTYPES[precision]
+    left = [operand(size, dtype, device) for _ in range(DRAWS)]
+    right = for_right(operand(size, dtype, device))
 
     def check() -> tuple[Errors, str | None]:
-        errors = errors_of((left[0] @ right)[:8], left[0][:8].double() @ right.double())
+        errors = errors_of(multiply(left[0], right)[:8], left[0][:8].double() @ right.double())
         return errors, verdict(errors, tolerance(precision, NO_ERROR))
 
-    item = DTYPES[precision].itemsize
-    return Yardstick("gemm", lambda i: left[i % DRAWS] @ right, check, 2.0 * size**3, 3.0 * size * size * item)
+    moved = size * size * (2.0 * dtype.itemsize + out_bytes(dtype))
+    return Yardstick("gemm", lambda i: multiply(left[i % DRAWS], right), check, 2.0 * size**3, moved)

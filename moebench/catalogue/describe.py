@@ -37,7 +37,8 @@ def describe(name_or_path: str, tokens: int = 1, precision: str = "bf16") -> lis
     Args:
         name_or_path: a preset, or the path of a config.json.
         tokens: T of one call; the touched weights are what uniform routing is expected to hit.
-        precision: of the weights: fp32, bf16, fp16, fp8, int8 or int4; scales of quantised blocks are not counted.
+        precision: of the weights: fp32, bf16, fp16, fp8 or int4 (values alone), or a quantised one that suites
+            have, such as fp8:row, whose touched bytes count scales and a router in bf16.
 
     Raises:
         ValueError: no such model or file, a file that is no MoE, T below 1, or an unknown precision.

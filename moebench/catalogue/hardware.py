@@ -64,10 +64,12 @@ class Hardware:
     notes: str = ""
 
     def peak_tflops(self, precision: str) -> float | None:
-        """Dense data-sheet peak at "fp32", "bf16", "fp16", or an "fp8..." scheme; null: not stated."""
+        """Dense data-sheet peak at "fp32", "bf16", "fp16", a "w4a16..." scheme (whose products are of 16 bits), or an
+        "fp8..." scheme; null: not stated.
+        """
         if precision == "fp32":
             return self.fp32_dense_tflops
-        if precision in ("bf16", "fp16"):
+        if precision in ("bf16", "fp16") or precision.startswith("w4a16"):
             return self.bf16_dense_tflops
         return self.fp8_dense_tflops if precision.startswith("fp8") else None
 

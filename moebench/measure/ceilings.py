@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from moebench.measure.device import llc_bytes
+from moebench.measure.gemm import DTYPES, for_right, multiply, operand
 from moebench.measure.memory import available_bytes
 
 GEMM_SIZES = {"cpu": (128, 256, 512, 1024, 2048, 4096), "cuda": (1024, 2048, 4096, 8192, 16384)}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GROUP = 5
 SAMPLES = 4 * GROUP
 FIRST_SAMPLES = 4  # a size is begun when its warm-up and three samples still fit
@@ -155,10 +155,9 @@ def _gemms(kind: str, dtype: torch.dtype) -> list[Probe]:
 
 
 def _gemm(kind: str, n: int, dtype: torch.dtype) -> Thunk:
-    # Random numbers: zeros draw less power and let a GPU clock higher than any real layer does.
     random = torch.Generator(kind).manual_seed(0)  # not the global one, whose state others rely on
-    a, b = (torch.randn(n, n, device=kind, generator=random).to(dtype) for _ in range(2))
-    return partial(torch.mm, a, b, out=torch.empty_like(a))
+    a, b = (operand(n, dtype, kind, random) for _ in range(2))
+    return partial(multiply, a, for_right(b)) if a.itemsize == 1 else partial(torch.mm, a, b, out=torch.empty_like(a))
 
 
 def _buffer_bytes(kind: str) -> int:

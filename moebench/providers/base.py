@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moebench.catalogue.spec import LayerSpec
 from moebench.catalogue.support import BUILT_ACTIVATIONS
-from moebench.point import DROPLESS, STAGES
+from moebench.point import DROPLESS, PLAIN_PRECISIONS, STAGES
 from moebench.routing import apply_capacity, capacity_slots, route
 from moebench.workload import Inputs, Weights
 
@@ -112,6 +112,7 @@ class ExpertsProvider:
         accepts_drops: whether ids may be -1.
         plain: whether `experts` takes the five tensors only (a user's kernel).
         activations: those it computes.
+        precisions: those it takes; in the quantised ones w_gate_up and w_down are QuantisedWeights.
     """
 
     name: str
@@ -122,6 +123,7 @@ class ExpertsProvider:
     accepts_drops: bool = True
     plain: bool = False
     activations: tuple[str, ...] = BUILT_ACTIVATIONS
+    precisions: tuple[str, ...] = PLAIN_PRECISIONS
 
     def fingerprint(self) -> str:
         return source_digest(self.experts, self.version)
@@ -134,6 +136,8 @@ class ExpertsProvider:
             return f"{self.name} is one function of the experts and has no stage {case.scope!r} of its own"
         if case.layer.activation not in self.activations:
             return f"{self.name} does not compute activation {case.layer.activation!r}"
+        if case.precision not in self.precisions:
+            return f"{self.name} takes precisions {', '.join(self.precisions)}, not {case.precision}"
         if case.capacity_factor != DROPLESS and not self.accepts_drops:
             return f"{self.name} does not accept dropped assignments (set accepts_drops = True on the function)"
         return self.limits(case)
@@ -156,10 +160,10 @@ class ExpertsProvider:
     def run(self, state: State, inputs: Inputs) -> Tensor:
         weights, case = state.weights, state.case
         if case.scope == "experts":
-            return state.experts(inputs.x, inputs.ids, inputs.weights, weights.w_gate_up, weights.w_down)
+            return state.experts(inputs.x, inputs.ids, inputs.weights, *weights.experts)
         ids, gates = self.gate(inputs.x, weights.router, case)
         ids, gates = apply_capacity(ids, gates, case.slots, case.layer.routed_experts)
-        y = state.experts(inputs.x, ids, gates, weights.w_gate_up, weights.w_down)
+        y = state.experts(inputs.x, ids, gates, *weights.experts)
         return add_shared(y, inputs.x, weights, case.layer)
 
     def gate(self, x: Tensor, router: Tensor, case: Case) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moebench.point import PLAIN_PRECISIONS, PRECISIONS
 from moebench.providers import PROVIDERS, entry_points, is_file, unknown
 from moebench.providers.base import Case, ExpertsProvider, Provider
 from moebench.providers.packages import missing
@@ -43,7 +44,8 @@ def from_function(name: str, function: Any) -> ExpertsProvider:
     """A user's kernel f(x, ids, weights, w_gate_up, w_down) -> y as a provider.
 
     Attributes of the function, all optional: `activations` (default ("swiglu",)),
-    `accepts_drops` (default False), `precisions`, `devices`, `directions` (default: all), `version`.
+    `accepts_drops` (default False), `precisions` (default: the unquantised ones; in the others w_gate_up and w_down are
+    moebench_kernels.QuantisedWeights), `devices`, `directions` (default: all), `version`.
     """
     if not callable(function):
         raise Unavailable(f"{name} is a {type(function).__name__}, not a function")
@@ -55,6 +57,7 @@ def from_function(name: str, function: Any) -> ExpertsProvider:
         accepts_drops=bool(getattr(function, "accepts_drops", False)),
         plain=True,
         activations=tuple(getattr(function, "activations", ("swiglu",))),
+        precisions=PRECISIONS if hasattr(function, "precisions") else PLAIN_PRECISIONS,
     )
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
 import moebench_kernels as kernels
+from moebench.point import PRECISIONS, QUANTISED_PRECISIONS
 from moebench.providers.base import Case, ExpertsFn, StagedProvider, Stages, source_digest
 
 available, why = kernels.triton_available()
@@ -49,7 +51,11 @@ def up_projection(rows: Tensor, w_gate_up: Tensor, plan: kernels.Plan, activatio
 
 
 def limits(case: Case) -> str | None:
-    """What the kernels do not take."""
+    """What the kernels do not take, or the device has not."""
+    if case.precision in QUANTISED_PRECISIONS:
+        lacks: str | None = kernels.supported(case.precision, case.device_kind)
+        if lacks:
+            return lacks
     K, E = case.layer.top_k, case.layer.routed_experts
     if K > 64 or E > 4096:
         return f"the gate takes top_k <= 64 and at most 4096 experts, not {K} of {E}"
@@ -64,12 +70,12 @@ class TritonProvider(StagedProvider):
     """
 
     def bind(self, case: Case) -> ExpertsFn:
-        return partial(kernels.moe_layer, activation=case.layer.activation)
+        layer = kernels.quantised_moe_layer if case.precision in QUANTISED_PRECISIONS else kernels.moe_layer
+        return partial(layer, activation=case.layer.activation)
 
     def fingerprint(self) -> str:
-        functions = (kernels.topk_gate, kernels.routing_plan, kernels.permute, kernels.grouped_gemm,
-                     kernels.up_projection, kernels.combine)  # fmt: skip
-        return source_digest(plan, self.version, *(source_digest(function) for function in functions))
+        files = sorted(Path(kernels.__file__).parent.glob("*.py"))
+        return source_digest(plan, self.version, *(file.read_text() for file in files))
 
 
 STAGES = Stages(
@@ -84,5 +90,5 @@ STAGES = Stages(
 )
 PROVIDER = TritonProvider(
     "triton", plan, version=why.partition(",")[0].partition(" on ")[0], stages=STAGES, limits=limits,
-    interpreted_on=("cpu",) if kernels.interpreting() else (),
+    precisions=PRECISIONS, interpreted_on=("cpu",) if kernels.interpreting() else (),
 )  # fmt: skip

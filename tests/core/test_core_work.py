@@ -104,7 +104,7 @@ def test_grouped_executes_what_was_kept() -> None:
 
 def test_stages_add_up_to_the_layer() -> None:
     for layer in (GATED, UNGATED, SHARED[1]):
-        stages = stage_work(layer, 10, 5.0, 17.0, 4.0)
+        stages = stage_work(layer, 10, 5.0, 17.0, "fp32")
         assert set(stages) == set(STAGES)
         routed = sum(stage.flops for stage in stages.values())
         total = work(layer, active_experts=5.0, kept=17.0)
