@@ -87,6 +87,7 @@ def test_nibbles_lie_as_documented(group: int, K: int) -> None:
             byte = packed[n][g * group // 2 + (j if j < h else j - h)]
             nibble = byte & 15 if j < h else byte >> 4
             assert (nibble - 8) * q.scales[0, n, g].item() == back[0, n, k].item()
+            assert abs(back[0, n, k] - w[0, n, k]) <= 1.1 * abs(q.scales[0, n, g].item()), "another column's"
 
 
 def test_four_bits_take_the_better_scale() -> None:

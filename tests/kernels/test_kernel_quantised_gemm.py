@@ -84,6 +84,19 @@ def test_quantised_gemm(
     assert (out[int(reference.offsets[-1]) :] == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["int8", "w4a16:32"])
+def test_bands_of_row_tiles(kind: str, device: torch.device) -> None:
+    """One expert with more row tiles than go together over its columns, several columns, and one that is idle."""
+    ids = torch.zeros(300, 1, dtype=torch.int32).masked_fill_(torch.arange(300)[:, None] % 60 == 0, 29)
+    plan, reference = routing_plan(ids.to(device), 40), routing_plan_torch(ids, 40)
+    assert reference.block_m == 16
+    weights = quantise_weights(torch.randn(40, 260, 32, device=device), kind)
+    rows = quantised_rows(torch.randn(300, 32).to(HALF), kind)
+    out = quantised_gemm(*to(device, *rows), weights, plan, dtype=HALF)
+    wanted = quantised_gemm_torch(*rows, cpu(weights), reference, dtype=torch.float64)
+    assert_close("out", out, wanted, TOLERANCES[HALF])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_dtypes(kind: str, dtype: torch.dtype, device: torch.device) -> None:
