@@ -77,8 +77,8 @@ SHIPPED = {
         16: GemmConfig(128, 128, 4, 5, swap=True, tma=True),
         32: GemmConfig(128, 128, 4, 5, swap=True, tma=True),
         64: GemmConfig(128, 128, 4, 4, swap=True, tma=True),
-        # The sums lie in tensor memory; registers are the epilogue's alone.
-        128: GemmConfig(256, 64, 8, 4, halves=True, tma=True),
+        # The sums lie in tensor memory, registers are the epilogue's alone; a fourth stage makes the gated kinds spill.
+        128: GemmConfig(256, 64, 8, 3, halves=True, tma=True),
     },
     "gfx942": {
         # 64 KB of local memory: one tile of each operand, the next one in registers.
@@ -101,7 +101,7 @@ _FP32 = {
     16: GemmConfig(64, 32, 4, 3, flatten=False, ctas_per_sm=2),
     32: GemmConfig(64, 32, 4, 3, flatten=False, ctas_per_sm=2),
     64: GemmConfig(64, 32, 4, 3, flatten=False, ctas_per_sm=2),
-    128: GemmConfig(64, 32, 8, 3, flatten=False),
+    128: GemmConfig(32, 32, 4, 3, flatten=False, ctas_per_sm=2),  # 64 columns spill on sm_100
 }
 
 
@@ -137,10 +137,13 @@ def _fit(c: GemmConfig, kind: str, N: int, K: int) -> GemmConfig:
     return replace(c, block_n=block_n, block_k=block_k, halves=c.halves and block_n >= 64)
 
 
-def shared_bytes(c: GemmConfig, block_m: int, itemsize: int) -> int:
-    """Upper bound of a tile's shared memory: its stages, and the epilogue's change of layout."""
-    stages = c.num_stages * (block_m + c.block_n) * c.block_k * itemsize
-    return stages + block_m * c.block_n * itemsize // (2 if c.halves else 1) + 1024
+def shared_bytes(c: GemmConfig, block_m: int, itemsize: int, family: str) -> int:
+    """Estimate of a tile's shared memory: its stages, and the epilogue's change of layout."""
+    stage = (block_m + c.block_n) * c.block_k * itemsize
+    epilogue = block_m * c.block_n * itemsize // (2 if c.halves else 1)
+    if family.startswith("gfx"):  # one stage is in registers, and the epilogue reuses the stages' memory
+        return max(max(1, c.num_stages - 1) * stage, epilogue)
+    return c.num_stages * stage + epilogue + 1024
 
 
 class Tuned(Protocol):
@@ -182,7 +185,7 @@ def candidates(kind: str, block_m: int, N: int, K: int, dtype: torch.dtype, fami
             )  # fmt: skip
             wide = c == _fit(c, kind, N, K) and (not swap or block_m <= 64 <= block_n)
             sums = block_m * block_n / (warps * (64 if amd else 32))
-            fits = shared_bytes(c, block_m, dtype.itemsize) * ctas <= SHARED_KB[family] * 1024
+            fits = shared_bytes(c, block_m, dtype.itemsize, family) * ctas <= SHARED_KB[family] * 1024
             if wide and fits and 4 <= sums <= 128 and c != first:
                 found.append(c)
     return found

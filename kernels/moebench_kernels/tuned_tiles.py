@@ -132,12 +132,12 @@ def _pick(kind: str, block_m: int, N: int, K: int, dtype: torch.dtype, device: t
         return c
     properties = torch.cuda.get_device_properties(device)
     limit = getattr(properties, "shared_memory_per_block_optin", SHARED_KB[family] * 1024)
-    return _shrink(c, block_m, dtype.itemsize, limit) if limit < SHARED_KB[family] * 1024 else c
+    return _shrink(c, block_m, dtype.itemsize, family, limit) if limit < SHARED_KB[family] * 1024 else c
 
 
-def _shrink(c: GemmConfig, block_m: int, itemsize: int, limit: int) -> GemmConfig:
+def _shrink(c: GemmConfig, block_m: int, itemsize: int, family: str, limit: int) -> GemmConfig:
     """For a device with less shared memory than its kin (sm_86, sm_89, sm_120): fewer stages, then smaller blocks."""
-    while shared_bytes(c, block_m, itemsize) > limit:
+    while shared_bytes(c, block_m, itemsize, family) > limit:
         if c.num_stages > 2:
             c = replace(c, num_stages=c.num_stages - 1)
         elif c.block_k > 32:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +61,29 @@ def random_ids(T: int, E: int, K: int, dropped: float = 0.0) -> Tensor:
     fate = torch.rand(T, K)
     ids = ids.masked_fill(fate < dropped / 2, -1)
     return ids.masked_fill((fate >= dropped / 2) & (fate < dropped), E + 3)
+
+
+def cheap_cover(
+    factors: dict[str, Sequence[Any]], cost: Callable[[dict[str, Any]], float], seed: int = 0
+) -> list[dict[str, Any]]:
+    """Cases in which every two values of every two factors meet, greedily the most new meetings for their cost."""
+    chance = random.Random(seed)
+    missing = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(factors, 2)
+        for x, y in itertools.product(factors[a], factors[b])
+    }
+    cases = []
+    while missing:
+        a, x, b, y = min(missing, key=str)
+        draws = [{name: chance.choice(values) for name, values in factors.items()} | {a: x, b: y} for _ in range(100)]
+
+        def meetings(case: dict[str, Any]) -> set[tuple[str, Any, str, Any]]:
+            return {(p, case[p], q, case[q]) for p, q in itertools.combinations(factors, 2)}
+
+        cases.append(max(draws, key=lambda case: len(meetings(case) & missing) / cost(case)))
+        missing -= meetings(cases[-1])
+    return cases
 
 
 def leaf(value: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
