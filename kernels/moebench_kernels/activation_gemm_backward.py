@@ -74,7 +74,7 @@ TILES = {
     "sm_100": {64: BackwardConfig(256, 64, 8, 4, 4), 128: BackwardConfig(256, 64, 8, 4, 8)},
     "gfx942": {64: BackwardConfig(128, 64, 4, 2, 4), 128: BackwardConfig(128, 64, 8, 2, 4)},
     "gfx950": {64: BackwardConfig(128, 64, 4, 3, 4), 128: BackwardConfig(128, 64, 8, 3, 4)},
-    "interpreter": {16: BackwardConfig(32, 32, 4, 1, 2), 64: BackwardConfig(64, 32, 4, 1, 1)},
+    "interpreter": {16: BackwardConfig(64, 64, 4, 1, 2), 64: BackwardConfig(128, 64, 4, 1, 1)},
 }
 FP32 = BackwardConfig(64, 16, 8, 3, 4)  # IEEE products on FMA units
 

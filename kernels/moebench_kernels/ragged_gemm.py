@@ -65,7 +65,7 @@ TILES = {
     "sm_100": RaggedConfig(128, 256, 64, 8, 4),  # sums in tensor memory, 192 KB of operands
     "gfx942": RaggedConfig(128, 128, 64, 8, 2),  # 32 of 64 KB; its registers fill a unit
     "gfx950": RaggedConfig(128, 256, 64, 8, 3),  # 96 of 160 KB
-    "interpreter": RaggedConfig(32, 64, 16, 4, 1),  # small, so that small tests cross tiles in every direction
+    "interpreter": RaggedConfig(64, 128, 32, 4, 1),  # small enough for tests to cross tiles in every direction
 }
 FP32 = RaggedConfig(64, 64, 16, 4, 3, per_unit=2)  # FMA units: 32 rows at a time spill
 

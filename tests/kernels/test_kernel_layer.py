@@ -1,82 +1,157 @@
-"""moe_layer: forward and every gradient, by shape, activation and dtype; and bit-identical repetition."""
+"""moe_layer: forward and every gradient, by shape, activation, biases and dtype; its operators; repetition."""
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
+from kernel_gate_loops import pairwise
 from kernel_loops import TOLERANCES, assert_close, leaf, moe, random_ids
 from torch import Tensor
 
 from moebench_kernels import (
     ACTIVATIONS,
+    Plan,
     combine,
     down_projection,
     moe_layer,
     moe_layer_torch,
     permute,
     routing_plan,
+    routing_plan_torch,
     up_projection,
 )
 from moebench_kernels.activation import GATED
+from moebench_kernels.activation_gemm_backward import (
+    TILES,
+    activation_gemm_backward_torch,
+    backward_config,
+    builds,
+    launch_activation_gemm_backward,
+)
+from moebench_kernels.plan import tile_map_torch
 
 HALF, WIDE, BRAIN = torch.float16, torch.float32, torch.bfloat16
-# T, E, K, D, F, activation, dropped, dtype
-CASES = [
-    (0, 5, 2, 17, 40, "swiglu", 0.0, WIDE),
-    (1, 1, 1, 1, 1, "swiglu", 0.0, WIDE),
-    (1, 8, 8, 48, 17, "geglu", 0.0, HALF),
-    (3, 2, 2, 17, 40, "relu", 0.0, WIDE),
-    (3, 60, 4, 40, 48, "swiglu", 0.2, HALF),
-    (33, 1, 1, 48, 48, "silu", 0.0, HALF),
-    (33, 2, 1, 40, 17, "geglu", 0.5, WIDE),
-    (33, 5, 4, 17, 17, "gelu", 0.1, WIDE),
-    (33, 8, 2, 48, 40, "swiglu", 0.0, BRAIN),
-    (65, 5, 2, 40, 48, "relu", 1.0, WIDE),
-    (65, 8, 4, 17, 48, "swiglu", 0.3, WIDE),
-    (33, 60, 1, 48, 40, "silu", 0.0, WIDE),
-    (65, 2, 2, 40, 17, "gelu", 0.3, HALF),
-    (9, 60, 8, 40, 17, "geglu", 0.1, BRAIN),
-]
-NAMES = ("dx", "d_weights", "d_w_gate_up", "d_w_down")
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "T": (0, 1, 3, 33, 127, 128, 129, 500),
+    "E": (1, 2, 8, 60, 64, 160, 257),
+    "K": (1, 2, 3, 4, 5, 6, 7, 8, 16),
+    "D": (16, 17, 40),
+    "F": (16, 17, 72),
+    "activation": ACTIVATIONS,
+    "dropped": (0.0, 0.3, 1.0),
+    "bias": (None, "same", "float32"),
+    "dtype": (WIDE, HALF, BRAIN),
+}
 
 
-def tensors(T: int, E: int, K: int, D: int, F: int, activation: str, dropped: float) -> tuple[Tensor, list[Tensor]]:
-    """ids, and [x, weights, w_gate_up, w_down] in float32."""
+def effort(case: dict[str, Any]) -> float:
+    """About how many tiles a case takes; the interpreter needs some 10 ms for each."""
+    rows = case["T"] * case["K"]
+    return case["E"] / 4 + min(case["E"], rows) + rows / 40
+
+
+# What is heavy in the interpreter is left to `make test-full`, and to a GPU.
+CASES = pairwise(FACTORS)
+LIGHT = [case for case in CASES if effort(case) <= 45]
+LIGHT.append(CASES[0] | {"T": 3, "E": 257, "K": 2, "D": 17, "F": 16, "dropped": 0.3, "bias": None})
+NAMES = ("dx", "d_weights", "d_w_gate_up", "d_w_down", "d_b_gate_up", "d_b_down")
+
+
+def label(case: dict[str, Any]) -> str:
+    """A case in a few letters."""
+    return "-".join(str(value).removeprefix("torch.") for value in case.values())
+
+
+def tensors(
+    T: int, E: int, K: int, D: int, F: int, activation: str, dropped: float, bias: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """ids, and [x, weights, w_gate_up, w_down, and with bias b_gate_up, b_down] in float32."""
     m = 2 if activation in GATED else 1
-    ids, weights = random_ids(T, E, K, dropped), torch.rand(T, K)
+    ids = torch.cat([random_ids(T, E, min(E, K - first), dropped) for first in range(0, K, E)], dim=1)
     w_gate_up, w_down = torch.randn(E, m * F, D) * D**-0.5, torch.randn(E, D, F) * F**-0.5
-    return ids, [torch.randn(T, D), weights, w_gate_up, w_down]
+    biases = [torch.randn(E, m * F), torch.randn(E, D)] if bias else []
+    return ids, [torch.randn(T, D), torch.rand(T, K), w_gate_up, w_down, *biases]
 
 
-def leaves(values: list[Tensor], dtype: torch.dtype, device: torch.device, weights_dtype: torch.dtype) -> list[Tensor]:
-    """Fresh leaves of `dtype`, the router weights of their own."""
-    return [leaf(v, weights_dtype if i == 1 else dtype, device) for i, v in enumerate(values)]
+def leaves(
+    values: list[Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: torch.dtype,
+    bias: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Fresh leaves of `dtype`, the router weights and the biases of their own."""
+    return [leaf(v, weights if i == 1 else bias or dtype if i >= 4 else dtype, device) for i, v in enumerate(values)]
 
 
-def check(ids: Tensor, values: list[Tensor], activation: str, dtype: torch.dtype, device: torch.device) -> None:
-    values = [v if i == 1 else v.to(dtype).float() for i, v in enumerate(values)]
+def layer(function: Any, ids: Tensor, values: list[Tensor], **options: Any) -> Tensor:
+    """The layer, or its reference, on a list as `tensors` makes it."""
+    x, weights, w_gate_up, w_down, *biases = values
+    named = dict(zip(("b_gate_up", "b_down"), biases, strict=False))
+    return function(x, ids, weights, w_gate_up, w_down, **named, **options)
+
+
+def check(
+    ids: Tensor, values: list[Tensor], activation: str, dtype: torch.dtype, device: torch.device,
+    bias: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    values = [v if i == 1 or (i >= 4 and bias == WIDE) else v.to(dtype).float() for i, v in enumerate(values)]
     upstream = torch.randn(values[0].shape).to(dtype)
-    mine = leaves(values, dtype, device, torch.float32)
+    mine = leaves(values, dtype, device, torch.float32, bias)
     exact = leaves(values, torch.float64, torch.device("cpu"), torch.float64)
-    y = moe_layer(mine[0], ids.to(device), *mine[1:], activation=activation)
-    wanted = moe_layer_torch(exact[0], ids, *exact[1:], activation=activation)
+    y = layer(moe_layer, ids.to(device), mine, activation=activation)
+    wanted = layer(moe_layer_torch, ids, exact, activation=activation)
     assert y.dtype == dtype
     assert_close("y", y, wanted, TOLERANCES[dtype])
     y.backward(upstream.to(device))
     wanted.backward(upstream.double())
-    for name, found, want in zip(NAMES, mine, exact, strict=True):
-        assert_close(name, found.grad, want.grad, TOLERANCES[dtype])
+    for name, found, want in zip(NAMES, mine, exact, strict=False):
+        assert found.grad.dtype == found.dtype
+        assert_close(name, found.grad, want.grad, GRADIENT_TOLERANCES[dtype])
     idle = torch.bincount(ids[(ids >= 0) & (ids < len(values[2]))], minlength=len(values[2])) == 0
-    assert (mine[2].grad.cpu()[idle] == 0).all()
-    assert (mine[3].grad.cpu()[idle] == 0).all()
+    for found in mine[2:]:
+        assert (found.grad.cpu()[idle] == 0).all()
 
 
-@pytest.mark.parametrize(("T", "E", "K", "D", "F", "activation", "dropped", "dtype"), CASES)
-def test_layer(
-    T: int, E: int, K: int, D: int, F: int, activation: str, dropped: float, dtype: torch.dtype, device: torch.device
-) -> None:
-    ids, values = tensors(T, E, K, D, F, activation, dropped)
-    check(ids, values, activation, dtype, device)
+# Sums that cancel (a router weight's gradient with a bias, say) lose a digit.
+GRADIENT_TOLERANCES = {dtype: 2 * tolerance for dtype, tolerance in TOLERANCES.items()}
+
+
+@pytest.mark.parametrize("case", LIGHT, ids=label)
+def test_layer(case: dict[str, Any], device: torch.device) -> None:
+    run(case, device)
+
+
+def run(case: dict[str, Any], device: torch.device) -> None:
+    """One case of FACTORS."""
+    shape = {name: case[name] for name in ("T", "E", "K", "D", "F", "activation", "dropped")}
+    ids, values = tensors(**shape, bias=case["bias"] is not None)
+    check(ids, values, case["activation"], case["dtype"], device, WIDE if case["bias"] == "float32" else None)
+
+
+def test_the_cover_is_broad() -> None:
+    """Without the heavy cases every value but the most tokens still occurs."""
+    for name, values in FACTORS.items():
+        assert {case[name] for case in CASES} == set(values)
+        assert {case[name] for case in LIGHT} >= set(values) - {500}, name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("E", FACTORS["E"])
+@pytest.mark.parametrize("T", FACTORS["T"])
+def test_layer_on_the_whole_product(T: int, E: int, device: torch.device) -> None:
+    rest = {name: values for name, values in FACTORS.items() if name not in ("T", "E")}
+    for choice in itertools.product(*rest.values()):
+        run({"T": T, "E": E} | dict(zip(rest, choice, strict=True)), device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_layer_every_case_on_a_gpu(case: dict[str, Any], device: torch.device) -> None:
+    run(case, device)
 
 
 def test_all_tokens_on_one_expert(device: torch.device) -> None:
@@ -109,7 +184,7 @@ def test_stages_make_the_layer(device: torch.device) -> None:
     y = combine(down_projection(hidden, w_down, plan), weights, plan)
     y.backward(upstream)
     moe_layer(whole[0], ids.to(device), *whole[1:]).backward(upstream)
-    for name, one, other in zip(NAMES, whole, staged, strict=True):
+    for name, one, other in zip(NAMES[:4], whole, staged, strict=True):
         assert_close(name, one.grad, other.grad, 4e-6)
 
 
@@ -130,15 +205,113 @@ def test_strided_ids_and_weights(device: torch.device) -> None:
 
 
 def test_only_what_is_asked_for(device: torch.device) -> None:
-    """Each gradient alone, the others' tensors frozen."""
-    ids, values = tensors(9, 3, 2, 17, 8, "swiglu", 0.0)
+    """Each gradient alone, the others' tensors frozen, gives the same bits; and nothing else is computed."""
+    ids, values = tensors(9, 3, 2, 17, 8, "swiglu", 0.0, bias=True)
     every = leaves(values, torch.float32, device, torch.float32)
-    moe_layer(every[0], ids.to(device), *every[1:]).sum().backward()
+    layer(moe_layer, ids.to(device), every).sum().backward()
     for i, name in enumerate(NAMES):
         one = [v.detach().clone().requires_grad_(i == j) for j, v in enumerate(every)]
-        moe_layer(one[0], ids.to(device), *one[1:]).sum().backward()
+        layer(moe_layer, ids.to(device), one).sum().backward()
         assert torch.equal(one[i].grad, every[i].grad), name
         assert all(v.grad is None for j, v in enumerate(one) if j != i)
+
+
+@pytest.mark.parametrize("needed", range(6))
+def test_backward_returns_nothing_that_was_not_asked_for(needed: int, device: torch.device) -> None:
+    arguments = operator_arguments(device)
+    needs = [i == needed for i in range(6)]
+    found = torch.ops.moebench.moe_layer_backward(*arguments, needs)
+    assert [tensor.numel() > 0 for tensor in found] == needs
+
+
+def test_without_gradient_nothing_is_kept(device: torch.device) -> None:
+    """z is not even stored; with a gradient wanted it is."""
+    _, x, weights, w_gate_up, w_down, b_down, z, plan, block_m, activation = operator_arguments(device)
+    for keep in (False, True):
+        y, kept = torch.ops.moebench.moe_layer(
+            x, weights, w_gate_up, w_down, None, b_down, plan, block_m, activation, keep
+        )
+        assert y.shape == x.shape
+        assert kept.shape == (z.shape if keep else (0,))
+
+
+def operator_arguments(device: torch.device) -> tuple[Any, ...]:
+    """What the backward operator takes, but for `needs`."""
+    ids, values = tensors(4, 2, 2, 17, 8, "swiglu", 0.2, bias=True)
+    x, weights, w_gate_up, w_down, _, b_down = (value.to(device) for value in values)
+    *plan, block_m = routing_plan(ids.to(device), 2)
+    z = torch.randn(8, 16, device=device)
+    return torch.randn_like(x), x, weights, w_gate_up, w_down, b_down, z, plan, block_m, "swiglu"
+
+
+def test_operators(device: torch.device) -> None:
+    dy, x, weights, w_gate_up, w_down, b_down, z, plan, block_m, activation = operator_arguments(device)
+    inputs = [tensor.requires_grad_() for tensor in (x, weights, w_gate_up, w_down)]
+    torch.library.opcheck(
+        torch.ops.moebench.moe_layer.default, (*inputs, None, b_down, plan, block_m, activation, True)
+    )
+    frozen = [tensor.detach() for tensor in inputs]
+    torch.library.opcheck(
+        torch.ops.moebench.moe_layer_backward.default,
+        (dy, *frozen, b_down, z, plan, block_m, activation, [True, False, True, True, False, True]),
+    )
+
+
+def test_compiles_whole(device: torch.device) -> None:
+    ids, values = tensors(33, 5, 2, 16, 24, "swiglu", 0.1, bias=True)
+    plan, runs = routing_plan(ids.to(device), 5), []
+    for function in (moe_layer, torch.compile(moe_layer, fullgraph=True, backend="aot_eager")):
+        mine = leaves(values, torch.float32, device, torch.float32)
+        y = layer(function, ids.to(device), mine, plan=plan)
+        runs.append([y, *torch.autograd.grad(y.square().sum(), mine)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_callers_plan_is_the_layers_own(device: torch.device) -> None:
+    ids, values = tensors(33, 5, 2, 17, 24, "gelu", 0.1)
+    mine = leaves(values, torch.float32, device, torch.float32)
+    plan = routing_plan(ids.to(device), 5)
+    own = layer(moe_layer, ids.to(device), mine, activation="gelu")
+    assert torch.equal(own, layer(moe_layer, ids.to(device), mine, activation="gelu", plan=plan))
+    with pytest.raises(ValueError, match=r"the plan is of ids \[33, 2\] and 5 experts; ids has shape \[32, 2\]"):
+        moe_layer(mine[0][:32], ids[:32].to(device), mine[1][:32], *mine[2:], activation="gelu", plan=plan)
+    with pytest.raises(ValueError, match="capacity given beside a plan; give them to routing_plan"):
+        layer(moe_layer, ids.to(device), mine, activation="gelu", plan=plan, capacity=3)
+
+
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    ids, values = tensors(5, 3, 2, 16, 8, "swiglu", 0.0)
+    mine = leaves(values, torch.float32, device, torch.float32)
+    (dx,) = torch.autograd.grad(layer(moe_layer, ids.to(device), mine).square().sum(), mine[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="moe_layer has no second derivatives"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize(("activation", "block_m", "D", "F"), [("swiglu", 16, 70, 136), ("relu", 64, 17, 130)])
+def test_activation_gemm_backward(activation: str, block_m: int, D: int, F: int, device: torch.device) -> None:
+    """The fused step alone, over several tiles in each direction, with and without descriptors."""
+    ids, (dy, weights, _, w_down) = tensors(40, 3, 2, D, F, activation, 0.3)
+    plan = routing_plan_torch(ids, 3)
+    tile_offsets, tile2expert = tile_map_torch(plan.offsets, plan.n_rows, block_m)
+    plan = plan._replace(tile_offsets=tile_offsets, tile2expert=tile2expert, block_m=block_m)
+    z = 4 * torch.randn(80, F * (2 if activation in GATED else 1))
+    exact = [tensor.double() for tensor in (dy, w_down, z, weights)]
+    wanted = activation_gemm_backward_torch(*exact, plan, activation)
+    on_device = Plan(*(tensor.to(device) for tensor in plan[:-1]), block_m)
+    given = [tensor.to(device) for tensor in (dy, w_down, z, weights)]
+    found = launch_activation_gemm_backward(*given, on_device, activation)
+    kept = int(plan.offsets[-1])
+    for name, one, other in zip(("dz", "wa"), found[:2], wanted[:2], strict=True):
+        assert_close(name, one[:kept], other[:kept], 4e-6)
+    assert_close("d_weights", found[2], wanted[2], 4e-6)
+
+
+def test_backward_tiles_are_never_wider_than_the_matrix() -> None:
+    for family, block_m, kind in itertools.product(TILES, (16, 32, 64, 128), ("silu", "gelu")):
+        c = backward_config(block_m, 17, 40, HALF, family, kind)
+        assert (c.block_n, c.block_k) == (min(64, c.block_n), 32)
+        assert c.block_n // c.parts >= 16
+    assert {target for build in builds() for target in build.targets} == set(TILES) - {"interpreter"}
 
 
 def test_weights_of_dropped_assignments_are_not_read(device: torch.device) -> None:
@@ -187,7 +360,46 @@ def test_layer_refuses(position: int, value: Tensor, error: type, message: str, 
 
 
 @pytest.mark.gpu
-def test_layer_large_bf16(device: torch.device) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_layer_large_bf16(activation: str, device: torch.device) -> None:
     """The large tiles on real hardware, in the dtype the interpreter cannot round."""
-    ids, values = tensors(4096, 16, 2, 512, 384, "swiglu", 0.05)
-    check(ids, values, "swiglu", torch.bfloat16, device)
+    ids, values = tensors(4096, 16, 2, 512, 384, activation, 0.05, bias=True)
+    check(ids, values, activation, torch.bfloat16, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backward", [False, True])
+def test_cuda_graph(backward: bool, device: torch.device) -> None:
+    """Captured once, replayed on other inputs and another routing: the bits of a plain call."""
+    ids, values = tensors(1024, 16, 4, 256, 128, "swiglu", 0.05, bias=True)
+    mine, ids = leaves(values, torch.bfloat16, device, torch.float32), ids.to(device)
+
+    def step() -> list[Tensor]:
+        y = layer(moe_layer, ids, mine)
+        return [y, *torch.autograd.grad(y.float().square().sum(), mine)] if backward else [y.detach()]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        mine[0].normal_()
+        ids.copy_(random_ids(1024, 16, 4, 0.4))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_no_race_in_many_repetitions(device: torch.device) -> None:
+    ids, values = tensors(2048, 8, 2, 384, 256, "swiglu", 0.05, bias=True)
+    mine, first = leaves(values, torch.bfloat16, device, torch.float32), None
+    for _ in range(50):
+        y = layer(moe_layer, ids.to(device), mine)
+        run = [y, *torch.autograd.grad(y.float().square().sum(), mine)]
+        first = first or run
+        assert all(torch.equal(a, b) for a, b in zip(first, run, strict=True))
