@@ -17,7 +17,7 @@ import click
 @click.option(
     "--kernel", "kernels", multiple=True, metavar="PATTERN", help="Only kernels or builds like this; * and ? work."
 )
-@click.option("--all", "every", is_flag=True, help="Every declared config; else the first of each kernel and target.")
+@click.option("--all", "every", is_flag=True, help="Every declared config; else one of each kernel and target.")
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="RUN", help="A run directory; its report then shows the audit."
 )

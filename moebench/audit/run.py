@@ -29,7 +29,7 @@ class Request:
         files: kernel files; none means those of moebench_kernels that declare builds.
         targets: only these; none means all.
         kernels: only builds or kernels whose name holds one of these (or matches, with * ? [).
-        all: every build; else the first of each kernel and target.
+        all: every build; else one of each kernel and target: the first of those that expect most.
         jobs: compiles at a time; 0 is one a CPU.
         timeout_s: of one compile.
         load_timeout_s: of running the files, all together.

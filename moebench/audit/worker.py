@@ -59,7 +59,8 @@ class Running:
 
 
 def select(files: list[tuple[str, list[Build]]], request: dict[str, Any]) -> list[tuple[str, Build, str]]:
-    """(file, build, target) as asked: by target, by pattern, and one config a kernel and target unless all.
+    """(file, build, target) as asked: by target, by pattern, and one config a kernel and target unless all:
+    the first of those that expect most.
 
     Raises:
         Wrong: nothing is left.
@@ -79,10 +80,13 @@ def select(files: list[tuple[str, list[Build]]], request: dict[str, Any]) -> lis
         raise Wrong([f"no build is meant for {', '.join(targets)}"])
     if request["all"]:
         return chosen
-    first: dict[tuple[str, str, str], tuple[str, Build, str]] = {}
+    # The one that expects most is the one with most to lose: a large tile rather than a small or an odd one.
+    one: dict[tuple[str, str, str], tuple[str, Build, str]] = {}
     for file, build, target in chosen:
-        first.setdefault((file, build.kernel.__name__, target), (file, build, target))
-    return list(first.values())
+        same = (file, build.kernel.__name__, target)
+        if same not in one or len(build.expect) > len(one[same][1].expect):
+            one[same] = (file, build, target)
+    return list(one.values())
 
 
 def _matches(build: Build, pattern: str) -> bool:
