@@ -31,6 +31,8 @@ from moebench_kernels.decode_gemm import MAX_ASSIGNMENTS
 from moebench_kernels.grouped_gemm import check_bias, grouped_gemm_torch, launch_grouped_gemm
 from moebench_kernels.plan import Plan, routing_plan, routing_plan_torch
 from moebench_kernels.projections import check_gate_up, up_projection_torch
+from moebench_kernels.quantise import QuantisedWeights
+from moebench_kernels.quantised_layer import quantised_moe_layer
 from moebench_kernels.ragged_gemm import launch_ragged_gemm
 
 
@@ -158,9 +160,9 @@ _moe_layer_backward.register_autograd(_refuse)
 
 
 def moe_layer(
-    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, *, activation: str = "swiglu",
-    b_gate_up: Tensor | None = None, b_down: Tensor | None = None, capacity: int | None = None,
-    priority: Tensor | None = None, plan: Plan | None = None,
+    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor | QuantisedWeights, w_down: Tensor | QuantisedWeights,
+    *, activation: str = "swiglu", b_gate_up: Tensor | None = None, b_down: Tensor | None = None,
+    capacity: int | None = None, priority: Tensor | None = None, plan: Plan | None = None,
 ) -> Tensor:  # fmt: skip
     """The experts of an MoE layer on given routing. Differentiable in all but `ids` and the routing options.
 
@@ -176,6 +178,7 @@ def moe_layer(
         capacity, priority: as `routing_plan` takes them: most rows an expert keeps, and which it keeps first.
         plan: the plan of `ids`, if the caller has one; `ids` is then not read, and capacity belongs to the plan.
 
+    Both matrices may be `QuantisedWeights` instead (forward only, without biases); see `quantised_moe_layer`.
     Where no gradient is wanted, up to 128 tokens without plan and capacity take the decode path (`decode_layer`).
 
     Returns:
@@ -189,8 +192,16 @@ def moe_layer(
 
     Source: Shazeer 2017, arXiv 1701.06538, eq. 1; backward without cached answers: SonicMoE, arXiv 2512.14080.
     """
-    _check(x, ids, weights, w_gate_up, w_down, activation, b_gate_up, b_down)
     options = _given(capacity=capacity, priority=priority)
+    if isinstance(w_gate_up, QuantisedWeights) or isinstance(w_down, QuantisedWeights):
+        if given := _given(b_gate_up=b_gate_up, b_down=b_down):
+            raise ValueError(f"{' and '.join(given)} given beside quantised weights, which take no biases")
+        if plan is not None:
+            _check_plan(plan, ids, w_gate_up.shape[0], options)
+        elif options:
+            plan = routing_plan(ids, w_gate_up.shape[0], **options)
+        return quantised_moe_layer(x, ids, weights, w_gate_up, w_down, activation=activation, plan=plan)
+    _check(x, ids, weights, w_gate_up, w_down, activation, b_gate_up, b_down)
     if plan is not None:
         _check_plan(plan, ids, w_gate_up.shape[0], options)
     return _forward(x, ids, weights, w_gate_up, w_down, activation, b_gate_up, b_down, plan, options)

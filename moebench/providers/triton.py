@@ -5,6 +5,7 @@ On a CPU they run in Triton's interpreter: verified, never timed.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,19 +63,25 @@ def limits(case: Case) -> str | None:
     return None
 
 
+def tile_files() -> list[Path]:
+    """Tuned tiles that may be in use: the file that MOEBENCH_TILES names, and those beside the kernels."""
+    named = os.environ.get("MOEBENCH_TILES")
+    own = sorted((Path(kernels.__file__).parent / "tuned").glob("*.json"))
+    return [path for path in (*([Path(named)] if named else []), *own) if path.is_file()]
+
+
 @dataclass(frozen=True)
 class TritonProvider(StagedProvider):
     """The layer runs the fused form, which gathers in the first GEMM; the stages run one by one.
 
-    Fingerprinted by every kernel file, since any of them may change the answer.
+    Fingerprinted by every kernel file, since any of them may change the answer, and by the tuned tiles in use.
     """
 
     def bind(self, case: Case) -> ExpertsFn:
-        layer = kernels.quantised_moe_layer if case.precision in QUANTISED_PRECISIONS else kernels.moe_layer
-        return partial(layer, activation=case.layer.activation)
+        return partial(kernels.moe_layer, activation=case.layer.activation)
 
     def fingerprint(self) -> str:
-        files = sorted(Path(kernels.__file__).parent.glob("*.py"))
+        files = sorted(Path(kernels.__file__).parent.rglob("*.py")) + tile_files()
         return source_digest(plan, self.version, *(file.read_text() for file in files))
 
 
