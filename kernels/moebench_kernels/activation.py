@@ -11,11 +11,9 @@ so every gated kind is s(gate) * u(up). Backward, from da = dL/da, recomputes a 
     gated: d_gate = da * u(up) * s'(gate), d_up = da * s(gate) * u'(up);   ungated: dz = da * s'(z)
 with s' and u' zero where the clamp cuts (and one-sided at its edge, as torch has it).
 
-The layer's backward has da before the router weight w of the row is applied; then the kernel uses w * da,
-and also returns w * a (for dW_down) and <da, a> = d_weight, which spares keeping the experts' answers
-(the identity is SonicMoE's, arXiv 2512.14080).
+The layer has a backward of its own, fused with the down-projection's (activation_gemm_backward.py).
 
-Shapes: z [R, mF] with m = 2 or 1, a and da [R, F], weights and d_weights [T, K].
+Shapes: z and dz [R, mF] with m = 2 or 1, a and da [R, F].
 """
 
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moebench_kernels.build import Build, signature
 from moebench_kernels.plan import Plan
 from moebench_kernels.runtime import cdiv, jit, next_power_of_2, on_device, tl
 
@@ -60,9 +59,9 @@ class ActivationConfig:
 
 
 def activation_config(F: int) -> ActivationConfig:
-    """1024 elements at a time: gate, up, da and three results stay within 8 registers each."""
+    """2048 elements at a time: a 16-byte load of 16-bit values for each thread, also in AMD's wider warps."""
     block_f = min(256, next_power_of_2(F))
-    return ActivationConfig(block_r=1024 // block_f, block_f=block_f)
+    return ActivationConfig(block_r=2048 // block_f, block_f=block_f)
 
 
 @jit
@@ -114,59 +113,55 @@ def up_slope(up, KIND: tl.constexpr):
 
 @jit
 def _activation_backward_kernel(
-    z_ptr, da_ptr, weights_ptr, row2assignment_ptr, dz_ptr, wa_ptr, d_weights_ptr, n_rows, F,
-    KIND: tl.constexpr, IS_GATED: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    z_ptr, da_ptr, row2assignment_ptr, dz_ptr, n_rows, F,
+    KIND: tl.constexpr, IS_GATED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    assignment = tl.load(row2assignment_ptr + row, mask=row < n_rows, other=-1)
-    kept = assignment >= 0
+    kept = tl.load(row2assignment_ptr + row, mask=row < n_rows, other=-1) >= 0
     width = F
     if IS_GATED:
         width = 2 * F
-    if WEIGHTED:
-        weight = tl.load(weights_ptr + assignment, mask=kept, other=0.0)
-        d_weight = tl.zeros([BLOCK_R], tl.float32)
     for first in range(0, F, BLOCK_F):
         col = first + tl.arange(0, BLOCK_F)
         inside = kept[:, None] & (col < F)[None, :]
         exists = (row < n_rows)[:, None] & (col < F)[None, :]
-        at_a = row[:, None] * F + col[None, :]
         at_z = row[:, None] * width + col[None, :]
         z = tl.load(z_ptr + at_z, mask=inside, other=0.0).to(tl.float32)
-        da = tl.load(da_ptr + at_a, mask=inside, other=0.0).to(tl.float32)
-        a = act(z, KIND)
+        da = tl.load(da_ptr + row[:, None] * F + col[None, :], mask=inside, other=0.0).to(tl.float32)
         slope = act_slope(z, KIND)
         if IS_GATED:
             up = tl.load(z_ptr + at_z + F, mask=inside, other=0.0).to(tl.float32)
-            d_up = a * up_slope(up, KIND)
-            up = up_factor(up, KIND)
-            a = a * up
-            slope = slope * up
-        if WEIGHTED:
-            d_weight += tl.sum(da * a, axis=1)
-            tl.store(wa_ptr + at_a, (weight[:, None] * a).to(wa_ptr.dtype.element_ty), mask=exists)
-            da = da * weight[:, None]
+            slope = slope * up_factor(up, KIND)
+            d_up = da * act(z, KIND) * up_slope(up, KIND)
+            tl.store(dz_ptr + at_z + F, d_up.to(dz_ptr.dtype.element_ty), mask=exists)
         tl.store(dz_ptr + at_z, (da * slope).to(dz_ptr.dtype.element_ty), mask=exists)
-        if IS_GATED:
-            tl.store(dz_ptr + at_z + F, (da * d_up).to(dz_ptr.dtype.element_ty), mask=exists)
-    if WEIGHTED:
-        tl.store(d_weights_ptr + assignment, d_weight, mask=kept)
 
 
-def launch_activation_backward(
-    z: Tensor, da: Tensor, activation: str, plan: Plan, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dz [R, mF], and with weights also w*a [R, F] and d_weights [T, K]; unchecked."""
-    F = da.shape[1]
-    dz = torch.empty_like(z)
-    wa = None if weights is None else torch.empty_like(da)
-    d_weights = None if weights is None else torch.zeros_like(weights)
-    config = activation_config(F)
+def launch_activation_backward(z: Tensor, da: Tensor, activation: str, plan: Plan) -> Tensor:
+    """dz [R, mF] from z [R, mF] and da [R, F], zero for rows of no expert, which are not read; unchecked."""
+    dz, c = torch.empty_like(z), activation_config(da.shape[1])
     if plan.n_rows:
         with on_device(z):
-            _activation_backward_kernel[(cdiv(plan.n_rows, config.block_r),)](
-                z, da, weights, plan.row2assignment, dz, wa, d_weights, plan.n_rows, F,
-                KIND=GATED.get(activation, activation), IS_GATED=activation in GATED, WEIGHTED=weights is not None,
-                BLOCK_R=config.block_r, BLOCK_F=config.block_f, num_warps=config.num_warps,
+            _activation_backward_kernel[(cdiv(plan.n_rows, c.block_r),)](
+                z, da, plan.row2assignment, dz, plan.n_rows, da.shape[1],
+                KIND=GATED.get(activation, activation), IS_GATED=activation in GATED,
+                BLOCK_R=c.block_r, BLOCK_F=c.block_f, num_warps=c.num_warps,
             )  # fmt: skip
-    return dz, wa, d_weights
+    return dz
+
+
+def builds() -> list[Build]:
+    """The kernel at F = 1024: each dtype, and each activation in bfloat16."""
+    c, found = activation_config(1024), []
+    for dtype, kind in [("fp32", "swiglu"), ("fp16", "swiglu"), *(("bf16", kind) for kind in ACTIVATIONS)]:
+        constants = {
+            "KIND": GATED.get(kind, kind), "IS_GATED": kind in GATED, "BLOCK_R": c.block_r, "BLOCK_F": c.block_f,
+        }  # fmt: skip
+        types = signature(_activation_backward_kernel, dtype, constants, row2assignment_ptr="*i32")
+        found.append(
+            Build(
+                f"activation_backward {kind} {dtype}", _activation_backward_kernel, types, constants,
+                num_warps=c.num_warps, unaligned=("n_rows",),
+            )
+        )  # fmt: skip
+    return found

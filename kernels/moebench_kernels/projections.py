@@ -72,7 +72,7 @@ def _up_projection_backward(
     """dx, d_w_gate_up and, in float32, d_bias; a tensor of no elements for each that is not wanted."""
     check_launch(d_hidden=d_hidden, w_gate_up=w_gate_up)
     whole = Plan(*plan, block_m)
-    dz, _, _ = launch_activation_backward(z, d_hidden, activation, whole)
+    dz = launch_activation_backward(z, d_hidden, activation, whole)
     dx, dw, db = x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     if want_dx:
         dx, _ = launch_grouped_gemm(dz, w_gate_up, whole, transpose=True)

@@ -139,7 +139,7 @@ def small(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build
     m = permute_config(2048)
     c, a = combine_config(2048), activation_config(1024)
     rows = {"TOP_K": 8, "BLOCK_D": c.block_d}
-    slopes = {"KIND": "gelu", "IS_GATED": True, "WEIGHTED": True, "BLOCK_R": a.block_r, "BLOCK_F": a.block_f}
+    slopes = {"KIND": "gelu", "IS_GATED": True, "BLOCK_R": a.block_r, "BLOCK_F": a.block_f}
     kernels: list[tuple[str, Any, dict[str, Any]]] = [
         ("permute", _permute_kernel, {"TOP_K": 8, "BLOCK_R": m.block_r, "BLOCK_D": m.block_d}),
         ("combine", _gather_sum_kernel, rows | {"WEIGHTED": True, "BLOCK_T": c.block_t}),
