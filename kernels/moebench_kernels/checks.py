@@ -75,3 +75,10 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def check_no_gradient(**tensors: Tensor) -> None:
+    """Raise ValueError where a gradient would be wanted."""
+    for name, tensor in tensors.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient; quantised products are forward only (use torch.no_grad())")

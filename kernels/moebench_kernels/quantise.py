@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from moebench_kernels.build import TARGETS, Build, signature
-from moebench_kernels.checks import FLOATS, check_launch, check_tensor
+from moebench_kernels.checks import FLOATS, check_launch, check_no_gradient, check_tensor
 from moebench_kernels.runtime import cdiv, interpreting, jit, next_power_of_2, on_device, tl
 
 KINDS = ("fp8:row", "fp8:128", "int8", "w4a16:128")
@@ -375,6 +375,7 @@ def quantise_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if group_of(kind):
         raise ValueError(f"kind is {kind!r}, which leaves activations as they are; allowed: fp8:row, fp8:128, int8")
     check_tensor("x", x, ("T", "K"), FLOATS)
+    check_no_gradient(x=x)
     return _quantise_rows(x, kind)
 
 
@@ -388,14 +389,8 @@ def builds() -> list[Build]:
             "BLOCK_R": c.block_r, "BLOCK_K": c.block_k,
         }  # fmt: skip
         types = {"values_ptr": "*fp8e4nv" if fp8 else "*i8", "scales_ptr": "*fp32", "inverse_top": "fp32"}
-        found.append(
-            Build(
-                f"quantise_rows {kind} bf16",
-                _quantise_rows_kernel,
-                signature(_quantise_rows_kernel, "bf16", constants, **types),
-                constants,
-                targets=FP8_TARGETS if fp8 else TARGETS,
-                num_warps=c.num_warps,
-            )
-        )
+        named = signature(_quantise_rows_kernel, "bf16", constants, **types)
+        targets = FP8_TARGETS if fp8 else TARGETS
+        name = f"quantise_rows {kind} bf16"
+        found.append(Build(name, _quantise_rows_kernel, named, constants, targets, num_warps=c.num_warps))
     return found

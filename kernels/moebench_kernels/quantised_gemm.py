@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moebench_kernels.activation import ACTIVATIONS, GATED, activate_torch, input_maps
 from moebench_kernels.build import TARGETS, Build, signature
-from moebench_kernels.checks import FLOATS, check_choice, check_launch, check_tensor
+from moebench_kernels.checks import FLOATS, check_choice, check_launch, check_no_gradient, check_tensor
 from moebench_kernels.grouped_gemm import grouped_gemm_torch
 from moebench_kernels.permute import permute_torch
 from moebench_kernels.plan import Plan
@@ -160,6 +160,7 @@ def quantised_gemm(
     if dtype not in FLOATS:
         raise TypeError(f"dtype is {dtype}; allowed: float32, float16, bfloat16")
     _check_operands(rows, row_scales, weights, plan.n_tokens if gather else plan.n_rows)
+    check_no_gradient(rows=rows)
     check_quantised("weights", weights, plan.n_experts, "mN", rows.shape[1])
     if weights.shape[1] % input_maps(activation or "none"):
         raise ValueError(f"weights has {weights.shape[1]} rows an expert; {activation} needs an even number (gate, up)")

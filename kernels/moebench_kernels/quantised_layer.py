@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moebench_kernels.activation import ACTIVATIONS, input_maps
-from moebench_kernels.checks import FLOATS, INTEGERS, check_choice, check_launch, check_tensor
+from moebench_kernels.checks import FLOATS, INTEGERS, check_choice, check_launch, check_no_gradient, check_tensor
 from moebench_kernels.combine import combine, combine_torch
 from moebench_kernels.plan import Plan, routing_plan, routing_plan_torch
 from moebench_kernels.quantise import (
@@ -120,7 +120,7 @@ def quantised_moe_layer(
     check_tensor("ids", ids, (T, "K"), INTEGERS, strided=True)
     check_tensor("weights", weights, tuple(ids.shape), (torch.float32,), strided=True)
     _check_weights(x, w_gate_up, w_down, D, activation)
-    _check_no_gradient(x=x, weights=weights)
+    check_no_gradient(x=x, weights=weights)
     plan = routing_plan(ids, w_gate_up.shape[0]) if plan is None else plan
     return _layer(
         x, weights.contiguous(), w_gate_up.values, w_gate_up.scales, w_down.values, w_down.scales,
@@ -141,11 +141,3 @@ def _check_weights(
     for weights in (w_gate_up, w_down):
         if group_of(weights.kind) and x.dtype == torch.float32:
             raise TypeError(f"x is float32; allowed with {weights.kind}: float16, bfloat16")
-
-
-def _check_no_gradient(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} requires a gradient; quantised weights are for forward only (use torch.no_grad())"
-            )

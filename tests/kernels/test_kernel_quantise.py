@@ -223,6 +223,7 @@ def test_supported(
         (lambda: quantise_rows(torch.zeros(2, 4), "w4a16:128"), ValueError, "which leaves activations as they are"),
         (lambda: quantise_rows(torch.zeros(4, 2).T, "int8"), ValueError, "x has strides"),
         (lambda: quantise_rows(torch.zeros(4, 2).double(), "int8"), TypeError, "x is float64"),
+        (lambda: quantise_rows(torch.zeros(4, 2).requires_grad_(), "int8"), ValueError, "x requires a gradient"),
         (
             lambda: dequantise_weights(QuantisedWeights(torch.zeros(1, 2, 4), torch.ones(1, 2), "int8")),
             TypeError,

@@ -261,7 +261,11 @@ def call(**change: object) -> Tensor:
         ({"w_down": quantise_weights(torch.ones(2, 32, 17), "int8")}, ValueError, r"needed: \[2, 32, 16\]"),
         ({"w_gate_up": quantise_weights(torch.ones(2, 33, 32), "int8")}, ValueError, "needs an even number"),
         ({"activation": "tanh"}, ValueError, "activation is 'tanh'; allowed"),
-        ({"x": torch.zeros(4, 32).half().requires_grad_()}, ValueError, "x requires a gradient; quantised weights are"),
+        (
+            {"x": torch.zeros(4, 32).half().requires_grad_()},
+            ValueError,
+            "x requires a gradient; quantised products are",
+        ),
         ({"weights": torch.zeros(4, 2).requires_grad_()}, ValueError, "weights requires a gradient"),
         ({"x": torch.zeros(4, 32).double()}, TypeError, "x is float64"),
         (
@@ -293,6 +297,8 @@ def test_gemm_refuses() -> None:
         quantised_gemm(rows, None, weights, plan)
     with pytest.raises(ValueError, match="row_scales must be None for w4a16:32"):
         quantised_gemm(rows.half(), torch.ones(8), quantise_weights(torch.ones(2, 16, 32), "w4a16:32"), plan)
+    with pytest.raises(ValueError, match="rows requires a gradient"):
+        quantised_gemm(rows.half().requires_grad_(), None, quantise_weights(torch.ones(2, 16, 32), "w4a16:32"), plan)
     with pytest.raises(ValueError, match="rows has 140000 columns; int8 sums 133143 at most"):
         quantised_gemm(torch.zeros(8, 140000, dtype=torch.int8), torch.ones(8), weights, plan)
     with pytest.raises(TypeError, match=r"dtype is torch\.float64; allowed: float32, float16, bfloat16"):
