@@ -1,23 +1,34 @@
 """Permute: copy hidden states into rows grouped by expert.
 
-    rows[r] = x[row2token[r]]        0 for rows that belong to no expert
+    rows[token2row[t, k]] = x[t]        0 for rows that belong to no expert
+
+Goes by token: each is read once and written to its K rows. To walk the rows in their own order would read it K times,
+far apart, and 1 + K rows would move as 2K where x does not stay in L2.
 
 Backward sums what a token's rows received: dx[t] = sum over kept k of d_rows[token2row[t, k]].
 
 Shapes: x [T, D], rows [T*K, D].
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moebench_kernels.build import Build, signature
 from moebench_kernels.checks import FLOATS, check_launch, check_tensor
-from moebench_kernels.combine import launch_gather_sum
+from moebench_kernels.combine import (
+    DTYPES,
+    INT32,
+    CopyConfig,
+    _gather_sum,
+    check_one_device,
+    clear_rows,
+    copy_config,
+    load_row,
+)
 from moebench_kernels.plan import Plan
-from moebench_kernels.runtime import cdiv, jit, next_power_of_2, on_device, tl
+from moebench_kernels.runtime import cdiv, jit, on_device, tl
 
 
 def permute_torch(x: Tensor, plan: Plan) -> Tensor:
@@ -26,54 +37,62 @@ def permute_torch(x: Tensor, plan: Plan) -> Tensor:
     return torch.where((token >= 0)[:, None], x[token.clamp(min=0)], 0)
 
 
-@dataclass(frozen=True)
-class PermuteConfig:
-    """Rows and columns a program copies."""
-
-    block_r: int
-    block_d: int
-    num_warps: int = 4
-
-
-def permute_config(D: int) -> PermuteConfig:
-    """4096 elements a program, as wide as a row allows."""
-    block_d = min(1024, next_power_of_2(D))
-    return PermuteConfig(block_r=4096 // block_d, block_d=block_d)
+def permute_config(T: int, D: int, K: int, dtype: torch.dtype) -> CopyConfig:
+    """Four loads of 16 bytes a thread, each written K times; one where tokens are few."""
+    elements = 8192 // dtype.itemsize
+    return copy_config(T, D, K, elements, elements // 4, num_warps=4)
 
 
 @jit
 def _permute_kernel(
-    x_ptr, row2assignment_ptr, rows_ptr, n_rows, D, TOP_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr, token2row_ptr, offsets_ptr, rows_ptr, T, D, E,
+    TOP_K: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     column_blocks = tl.cdiv(D, BLOCK_D)
-    row = tl.program_id(0) // column_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    begin = (tl.program_id(0) // column_blocks).to(tl.int64) * BLOCK_T
+    token = begin + tl.arange(0, BLOCK_T)
     col = tl.program_id(0) % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    assignment = tl.load(row2assignment_ptr + row, mask=row < n_rows, other=-1)
-    kept = (assignment >= 0)[:, None] & (col < D)[None, :]
-    token = (assignment // TOP_K).to(tl.int64)
-    value = tl.load(x_ptr + token[:, None] * D + col[None, :], mask=kept, other=0.0)
-    exists = (row < n_rows)[:, None] & (col < D)[None, :]
-    tl.store(rows_ptr + row.to(tl.int64)[:, None] * D + col[None, :], value, mask=exists)
+    n_kept = tl.load(offsets_ptr + E)
+    exists = (token < T)[:, None] & (col < D)[None, :]
+    value = tl.load(x_ptr + token[:, None] * D + col[None, :], mask=exists)
+    for first in range(0, TOP_K, UNROLL):
+        for i in tl.static_range(UNROLL):
+            row = load_row(token2row_ptr, token, first + i, T, TOP_K)
+            kept = (row >= 0)[:, None] & (col < D)[None, :]
+            tl.store(rows_ptr + row[:, None] * D + col[None, :], value, mask=kept)
+    if (begin + BLOCK_T) * TOP_K > n_kept:
+        clear_rows(rows_ptr, n_kept, token, col, T, D, TOP_K, BLOCK_T, BLOCK_D)
 
 
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
-        ctx.plan = plan
-        rows = x.new_empty(plan.n_rows, x.shape[1])
-        config = permute_config(x.shape[1])
-        if plan.n_rows:
-            with on_device(x):
-                _permute_kernel[(cdiv(plan.n_rows, config.block_r) * cdiv(x.shape[1], config.block_d),)](
-                    x, plan.row2assignment, rows, plan.n_rows, x.shape[1], TOP_K=plan.top_k,
-                    BLOCK_R=config.block_r, BLOCK_D=config.block_d, num_warps=config.num_warps,
-                )  # fmt: skip
-        return rows
+@torch.library.custom_op("moebench::permute", mutates_args=())
+def _permute(x: Tensor, token2row: Tensor, offsets: Tensor) -> Tensor:
+    check_launch(x=x, plan=token2row)
+    (T, K), D = token2row.shape, x.shape[1]
+    rows = x.new_empty(T * K, D)
+    c = permute_config(T, D, K, x.dtype)
+    if T:
+        with on_device(x):
+            _permute_kernel[(cdiv(T, c.block_t) * cdiv(D, c.block_d),)](
+                x, token2row, offsets, rows, T, D, offsets.shape[0] - 1, TOP_K=K, UNROLL=c.unroll,
+                BLOCK_T=c.block_t, BLOCK_D=c.block_d, num_warps=c.num_warps,
+            )  # fmt: skip
+    return rows
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
-        return launch_gather_sum(d_rows.contiguous(), None, ctx.plan), None
+
+@_permute.register_fake
+def _(x, token2row, offsets):
+    return x.new_empty(token2row.shape[0] * token2row.shape[1], x.shape[1])
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None]:
+    return _gather_sum(d_rows.contiguous(), None, *ctx.saved_tensors), None, None
+
+
+_permute.register_autograd(_backward, setup_context=_setup)
 
 
 def permute(x: Tensor, plan: Plan) -> Tensor:
@@ -92,5 +111,17 @@ def permute(x: Tensor, plan: Plan) -> Tensor:
     Source: MegaBlocks, arXiv 2211.15841, section 5.4 (padded gather), here without padding.
     """
     check_tensor("x", x, (plan.n_tokens, "D"), FLOATS)
-    check_launch(x=x, plan=plan.counts)
-    return _Permute.apply(x, plan)
+    check_one_device(x=x, plan=plan.counts)
+    return _permute(x, plan.token2row, plan.offsets)
+
+
+def builds() -> list[Build]:
+    """At D = 2048 and K = 8, for many tokens and for few."""
+    found = []
+    for name, dtype in DTYPES.items():
+        for T in (2**15, 128):
+            c = permute_config(T, 2048, 8, dtype)
+            constants = {"TOP_K": 8, "UNROLL": c.unroll, "BLOCK_T": c.block_t, "BLOCK_D": c.block_d}
+            types = signature(_permute_kernel, name, constants, **INT32)
+            found.append(Build(f"permute {name} T{T}", _permute_kernel, types, constants, num_warps=c.num_warps))
+    return found

@@ -19,12 +19,12 @@ from triton.compiler import ASTSource
 
 from moebench_kernels.activation import _activation_backward_kernel, activation_config
 from moebench_kernels.capacity import builds as capacity_builds
-from moebench_kernels.combine import _combine_backward_kernel, _gather_sum_kernel, combine_config
+from moebench_kernels.combine import builds as combine_builds
 from moebench_kernels.gate import builds as gate_builds
 from moebench_kernels.gate_backward import builds as gate_backward_builds
 from moebench_kernels.grouped_gemm import _grouped_gemm_kernel
 from moebench_kernels.grouped_gemm import build as gemm_build
-from moebench_kernels.permute import _permute_kernel, permute_config
+from moebench_kernels.permute import builds as permute_builds
 from moebench_kernels.plan_kernels import builds as plan_builds
 from moebench_kernels.quantise import _quantise_rows_kernel
 from moebench_kernels.quantise import builds as quantise_builds
@@ -136,19 +136,10 @@ def ragged(dtype: str, capability: int) -> Build:
 
 def small(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build]:
     """Everything that is no GEMM, at D = 2048, F = 1024, E = 64, K = 8."""
-    m = permute_config(2048)
-    c, a = combine_config(2048), activation_config(1024)
-    rows = {"TOP_K": 8, "BLOCK_D": c.block_d}
+    a = activation_config(1024)
     slopes = {"KIND": "gelu", "IS_GATED": True, "BLOCK_R": a.block_r, "BLOCK_F": a.block_f}
-    kernels: list[tuple[str, Any, dict[str, Any]]] = [
-        ("permute", _permute_kernel, {"TOP_K": 8, "BLOCK_R": m.block_r, "BLOCK_D": m.block_d}),
-        ("combine", _gather_sum_kernel, rows | {"WEIGHTED": True, "BLOCK_T": c.block_t}),
-        ("combine backward", _combine_backward_kernel, rows | {"BLOCK_R": c.block_t}),
-        ("activation backward", _activation_backward_kernel, slopes),
-    ]
-    return [
-        Build(name, kernel, dtype, capability, more, floats=("scale",), ones=ones) for name, kernel, more in kernels
-    ] + gates(dtype, capability, ones)
+    activation = Build("activation backward", _activation_backward_kernel, dtype, capability, slopes, ones=ones)
+    return [activation, *gates(dtype, capability, ones)]
 
 
 def gates(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build]:
@@ -160,11 +151,13 @@ def gates(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build
     ]
 
 
-def plans(capability: int, ones: tuple[str, ...] = ()) -> list[Build]:
-    """Each kernel of the plan and of its capacity once, in the first build its file declares."""
-    first = {b.kernel.__name__: b for b in reversed(plan_builds() + capacity_builds())}
+def plans(dtype: str, capability: int, ones: tuple[str, ...] = ()) -> list[Build]:
+    """Each kernel of plan, capacity, permute and combine once, in the first build that its file declares."""
+    declared = plan_builds() + capacity_builds()
+    declared += [b for b in permute_builds() + combine_builds() if f" {dtype}" in b.name]
+    first = {b.kernel.__name__: b for b in reversed(declared)}
     return [
-        Build(b.name, b.kernel, "fp32", capability, dict(b.constants), b.num_warps, ones=ones, types={**b.signature})
+        Build(b.name, b.kernel, dtype, capability, dict(b.constants), b.num_warps, ones=ones, types={**b.signature})
         for b in first.values()
     ]
 
@@ -191,7 +184,7 @@ def builds() -> list[Build]:
         gemm("fp32", 80, 16, True, None, True, ones=ones),
         ragged("bf16", 90), ragged("fp16", 80), ragged("fp32", 80),
         *quantised(80), *quantised(90),
-        *plans(90), *plans(80, ("n", "E", "n_tiles", "n_chunks", "n_groups", "capacity")),
+        *plans("bf16", 90), *plans("fp32", 80, ("T", "D", "E", "n", "n_tiles", "n_chunks", "n_groups", "capacity")),
         *small("bf16", 90), *small("fp32", 80), *small("fp16", 80, ("T", "D", "F", "E", "n", "n_rows", "n_blocks")),
     ]  # fmt: skip
 
