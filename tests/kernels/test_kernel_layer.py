@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from typing import Any
 
@@ -216,12 +217,55 @@ def test_only_what_is_asked_for(device: torch.device) -> None:
         assert all(v.grad is None for j, v in enumerate(one) if j != i)
 
 
+# What each gradient alone needs: of the fused step dz, w * a and d_weights, grouped GEMMs, ragged GEMMs.
+NEEDS = [
+    ((True, False, False), 1, 0), ((False, False, True), 1, 0), ((True, False, False), 0, 1),
+    ((False, True, False), 0, 1), ((True, False, False), 0, 0), (None, 0, 1),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("needed", range(6))
-def test_backward_returns_nothing_that_was_not_asked_for(needed: int, device: torch.device) -> None:
-    arguments = operator_arguments(device)
+def test_backward_computes_nothing_that_was_not_asked_for(
+    needed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: dict[str, list[dict[str, Any]]] = {}
+    names = ("launch_activation_gemm_backward", "launch_grouped_gemm", "launch_ragged_gemm")
+    module = importlib.import_module("moebench_kernels.layer")
+    for name in names:
+        original = getattr(module, name)
+
+        def counted(*given: Any, name: str = name, original: Any = original, **options: Any) -> Any:
+            calls.setdefault(name, []).append(options)
+            return original(*given, **options)
+
+        monkeypatch.setattr(module, name, counted)
     needs = [i == needed for i in range(6)]
-    found = torch.ops.moebench.moe_layer_backward(*arguments, needs)
+    found = torch.ops.moebench.moe_layer_backward(*operator_arguments(device), needs)
     assert [tensor.numel() > 0 for tensor in found] == needs
+    fused = [tuple(o[k] for k in ("need_dz", "need_wa", "need_d_weights")) for o in calls.get(names[0], [])]
+    wanted, grouped, ragged = NEEDS[needed]
+    assert fused == ([] if wanted is None else [wanted])
+    assert [len(calls.get(name, [])) for name in names[1:]] == [grouped, ragged]
+
+
+@pytest.mark.parametrize("T", [9, 129])
+def test_inference_stores_no_pre_activation(T: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no_grad, parameters or not; up to 128 tokens not even the layer's operator is called, but decode's."""
+    ids, values = tensors(T, 3, 2, 17, 8, "swiglu", 0.0)
+    mine, kept = leaves(values, torch.float32, device, torch.float32), []
+    module = importlib.import_module("moebench_kernels.layer")
+    original = module._moe_layer
+
+    def recorded(*given: Any) -> Any:
+        kept.append(given[-1])
+        return original(*given)
+
+    monkeypatch.setattr(module, "_moe_layer", recorded)
+    with torch.no_grad():
+        without = layer(moe_layer, ids.to(device), mine)
+    assert kept == ([False] if T > 128 else [])
+    assert_close("y", without, layer(moe_layer, ids.to(device), mine), 2e-6)
+    assert kept[-1] is True
 
 
 def test_without_gradient_nothing_is_kept(device: torch.device) -> None:
@@ -287,14 +331,17 @@ def test_second_derivatives_are_refused(device: torch.device) -> None:
         dx.sum().backward()
 
 
-@pytest.mark.parametrize(("activation", "block_m", "D", "F"), [("swiglu", 16, 70, 136), ("relu", 64, 17, 130)])
+@pytest.mark.parametrize(
+    ("activation", "block_m", "D", "F"),
+    [("swiglu", 16, 70, 136), ("clamped_swiglu", 32, 16, 40), ("relu", 64, 17, 130)],
+)
 def test_activation_gemm_backward(activation: str, block_m: int, D: int, F: int, device: torch.device) -> None:
     """The fused step alone, over several tiles in each direction, with and without descriptors."""
     ids, (dy, weights, _, w_down) = tensors(40, 3, 2, D, F, activation, 0.3)
     plan = routing_plan_torch(ids, 3)
     tile_offsets, tile2expert = tile_map_torch(plan.offsets, plan.n_rows, block_m)
     plan = plan._replace(tile_offsets=tile_offsets, tile2expert=tile2expert, block_m=block_m)
-    z = 4 * torch.randn(80, F * (2 if activation in GATED else 1))
+    z = 5 * torch.randn(80, F * (2 if activation in GATED else 1))
     exact = [tensor.double() for tensor in (dy, w_down, z, weights)]
     wanted = activation_gemm_backward_torch(*exact, plan, activation)
     on_device = Plan(*(tensor.to(device) for tensor in plan[:-1]), block_m)
