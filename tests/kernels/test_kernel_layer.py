@@ -323,6 +323,25 @@ def test_a_callers_plan_is_the_layers_own(device: torch.device) -> None:
         layer(moe_layer, ids.to(device), mine, activation="gelu", plan=plan, capacity=3)
 
 
+@pytest.mark.parametrize("by_priority", [False, True])
+def test_capacity(by_priority: bool, device: torch.device) -> None:
+    """Passed on to the plan, in the layer and in its reference; dropped assignments get no gradient."""
+    ids, values = tensors(33, 3, 2, 16, 8, "swiglu", 0.0)
+    options: dict[str, Any] = {"capacity": 7} | ({"priority": torch.rand(33, 2)} if by_priority else {})
+    mine, exact = (leaves(values, dtype, device, dtype) for dtype in (torch.float32, torch.float64))
+    y = layer(
+        moe_layer, ids.to(device), mine, **{k: v if k == "capacity" else v.to(device) for k, v in options.items()}
+    )
+    wanted = layer(moe_layer_torch, ids.to(device), exact, **options)
+    assert_close("y", y, wanted, 2e-6)
+    for name, found, want in zip(
+        NAMES, torch.autograd.grad(y.sum(), mine), torch.autograd.grad(wanted.sum(), exact), strict=False
+    ):
+        assert_close(name, found, want, 4e-6)
+        if name == "d_weights":
+            assert (found != 0).sum() == 21
+
+
 def test_second_derivatives_are_refused(device: torch.device) -> None:
     ids, values = tensors(5, 3, 2, 16, 8, "swiglu", 0.0)
     mine = leaves(values, torch.float32, device, torch.float32)
