@@ -1,9 +1,8 @@
-"""What holds without a GPU: every kernel compiles for one, and the package imports anywhere."""
+"""What holds without a GPU: the package imports anywhere, says why it cannot run, and is documented."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import subprocess
 import sys
@@ -14,9 +13,6 @@ import torch
 
 import moebench_kernels
 from moebench_kernels import interpreting, triton_available
-
-HERE = Path(__file__).parent
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
 def python(*arguments: str, interpret: str | None = None) -> str:
@@ -30,47 +26,6 @@ def python(*arguments: str, interpret: str | None = None) -> str:
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.fixture(scope="module")
-def built() -> list[dict]:
-    """What compile_kernels.py found; Triton's cache, keyed by source, makes a second run quick."""
-    return [json.loads(line) for line in python(str(HERE / "compile_kernels.py")).splitlines()]
-
-
-def test_every_kernel_compiles_and_fits(built: list[dict]) -> None:
-    assert not [build for build in built if "error" in build]
-    for build in built:
-        if build["size_one"]:
-            continue  # must compile, but a real launch would take a smaller tile
-        assert build["shared_bytes"] <= SHARED_LIMIT[build["capability"]], build
-        # 255 is a thread's limit: below it nothing had to spill, at it nothing did if there is no stack (which alone
-        # may serve a called division).
-        assert build["registers"] < 255 or build["stack_bytes"] == 0, build
-    assert {build["capability"] for build in built} == {80, 90}
-    assert {build["dtype"] for build in built} == {"fp32", "fp16", "bf16"}
-
-
-def test_large_tiles_use_hopper_tensor_cores(built: list[dict]) -> None:
-    large = [
-        b for b in built if b["capability"] == 90 and b["dtype"] == "bf16" and b["name"].startswith(("gemm", "ragged"))
-    ]
-    assert len(large) >= 4
-    assert all(build["wgmma"] for build in large)
-
-
-def test_no_kernel_is_left_out(built: list[dict]) -> None:
-    """Each @jit kernel of the package is among the compiled ones, or among its file's builds (the audit's)."""
-    source = (HERE / "compile_kernels.py").read_text()
-    package = Path(moebench_kernels.__file__).parent
-    kernels = [
-        (line.removeprefix("def ").split("(")[0], file.read_text().partition("\ndef builds(")[2])
-        for file in package.glob("*.py")
-        for line in file.read_text().splitlines()
-        if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
-    ]
-    assert len(kernels) >= 10
-    assert not [name for name, declared in kernels if name not in source and name not in declared]
 
 
 def test_references_work_without_triton() -> None:
