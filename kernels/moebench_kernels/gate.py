@@ -94,7 +94,8 @@ def gate_config(width: int, top_k: int, *, interpreted: bool = False) -> GateCon
 
     Up to 1024 a row is one warp's: it finds the largest integer by one instruction and waits for nobody.
     Beyond, a row would not fit a warp's registers. Rows under 32 share a warp. By the compiler's instruction
-    counts for sm_90, sorting is cheaper than picking from K = 32 on. Not measured on a GPU.
+    counts for sm_90, sorting is cheaper than picking from K = 32 on; it keeps more alive, so it takes more warps.
+    Not measured on a GPU.
     The interpreter pays by the operation, not by the element, and most of all for sorts: many rows and none there.
     """
     if interpreted:
@@ -104,12 +105,14 @@ def gate_config(width: int, top_k: int, *, interpreted: bool = False) -> GateCon
         return GateConfig(512 // width, 4, sort)
     if width <= 128:
         return GateConfig(4, 4, sort)
-    return GateConfig(1, 1 if width <= 1024 else min(width // 512, 16), sort)
+    if width <= 1024 and not sort:
+        return GateConfig(1, 1, sort)
+    return GateConfig(1, min(max(1, width // (256 if sort else 512)), 16), sort)
 
 
 @jit
 def _topk_gate_kernel(
-    logits_ptr, bias_ptr, ids_ptr, weights_ptr, T, E, scale,
+    logits_ptr, bias_ptr, ids_ptr, weights_ptr, T, scale, E: tl.constexpr,
     SCORING: tl.constexpr, SCORE_FIRST: tl.constexpr, OVER_CHOSEN: tl.constexpr, RENORMALISE: tl.constexpr,
     N_GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr, SORT: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -118,10 +121,11 @@ def _topk_gate_kernel(
     HALF: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32 and not HAS_BIAS
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     place = tl.arange(0, BLOCK_G * BLOCK_S)
-    # Groups lie BLOCK_S apart in the tile, so that a group can be reduced where it stands.
-    group_size = E // N_GROUPS
-    expert = place // BLOCK_S * group_size + place % BLOCK_S
-    member = ((place // BLOCK_S < N_GROUPS) & (place % BLOCK_S < group_size))[None, :]
+    # Groups lie BLOCK_S apart in the tile, so that a group can be reduced where it stands. E is a constant, as a
+    # model has one: whole groups then load 128 bits at a time, and tiles without padding need no mask.
+    GROUP_SIZE: tl.constexpr = E // N_GROUPS
+    expert = place // BLOCK_S * GROUP_SIZE + place % BLOCK_S
+    member = ((place // BLOCK_S < N_GROUPS) & (place % BLOCK_S < GROUP_SIZE))[None, :]
     row = logits_ptr + token[:, None] * E
     raw = tl.load(row + expert[None, :], mask=(token < T)[:, None] & member, other=0.0).to(tl.float32)
     z = bounded(raw)
@@ -180,7 +184,7 @@ def _topk_gate(
         )  # fmt: skip
         with on_device(logits):
             _topk_gate_kernel[(cdiv(T, constants["BLOCK_T"]),)](
-                logits, bias, ids, weights, T, E, scale, **constants
+                logits, bias, ids, weights, T, scale, **constants
             )  # fmt: skip
     return ids, weights
 
@@ -225,7 +229,7 @@ def _constants(
     block_g, block_s = next_power_of_2(n_groups), next_power_of_2(E // n_groups)
     config = gate_config(block_g * block_s, top_k, interpreted=interpreted)
     return {
-        "SCORING": scoring, "SCORE_FIRST": score_first, "OVER_CHOSEN": over_chosen,
+        "E": E, "SCORING": scoring, "SCORE_FIRST": score_first, "OVER_CHOSEN": over_chosen,
         "RENORMALISE": renormalise and not over_chosen,
         "N_GROUPS": n_groups, "TOPK_GROUPS": topk_groups, "TOP2": top2 and n_groups > 1, "SORT": config.sort,
         "TOP_K": top_k, "BLOCK_T": config.block_t, "BLOCK_G": block_g, "BLOCK_S": block_s,
@@ -344,6 +348,7 @@ def builds() -> list[Build]:
         _build("fp32", 512, 10, over_chosen=True),
         _build("fp32", 1024, 16, "sigmoid", bias=True, renormalise=True),
         _build("fp32", 256, 64),
+        _build("fp32", 1024, 64, "sqrt_softplus", bias=True),
         _build("fp32", 4096, 16),
         _build("fp16", 4096, 64),
         _build("bf16", 4096, 64, bias=True, renormalise=True),
