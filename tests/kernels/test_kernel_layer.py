@@ -327,11 +327,9 @@ def test_a_callers_plan_is_the_layers_own(device: torch.device) -> None:
 def test_capacity(by_priority: bool, device: torch.device) -> None:
     """Passed on to the plan, in the layer and in its reference; dropped assignments get no gradient."""
     ids, values = tensors(33, 3, 2, 16, 8, "swiglu", 0.0)
-    options: dict[str, Any] = {"capacity": 7} | ({"priority": torch.rand(33, 2)} if by_priority else {})
+    options: dict[str, Any] = {"capacity": 7} | ({"priority": torch.rand(33, 2, device=device)} if by_priority else {})
     mine, exact = (leaves(values, dtype, device, dtype) for dtype in (torch.float32, torch.float64))
-    y = layer(
-        moe_layer, ids.to(device), mine, **{k: v if k == "capacity" else v.to(device) for k, v in options.items()}
-    )
+    y = layer(moe_layer, ids.to(device), mine, **options)
     wanted = layer(moe_layer_torch, ids.to(device), exact, **options)
     assert_close("y", y, wanted, 2e-6)
     for name, found, want in zip(
