@@ -71,34 +71,40 @@ def locate_tile(
 
 @jit
 def _store_tile(
-    total, out_ptr, z_ptr, bias_ptr, expert, first, end, first_col, N,
+    total, up, out_ptr, z_ptr, bias_ptr, expert, first, end, first_col, N,
     KIND: tl.constexpr, IS_GATED: tl.constexpr, SAVE_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Bias, pre-activation, activation, output of total [BLOCK_M, WIDTH], or [BLOCK_M, 2 WIDTH] as gate, up."""
+    """Bias, pre-activation, activation and output of sums [BLOCK_M, WIDTH]; of a gated kind `total` is the gate's."""
     MAPS: tl.constexpr = 2 if IS_GATED else 1
-    BLOCK_M: tl.constexpr = total.shape[0]
-    WIDTH: tl.constexpr = total.shape[1] // MAPS
-    row = tl.arange(0, BLOCK_M)
-    col = tl.arange(0, WIDTH)
-    row_ok = first + row < end
-    map_col = tl.arange(0, MAPS * WIDTH) % WIDTH
-    map_ok = first_col + map_col < N
-    at_map = tl.arange(0, MAPS * WIDTH) // WIDTH * N + map_col
+    row = tl.arange(0, total.shape[0])
+    col = tl.arange(0, total.shape[1])
+    col_ok = first_col + col < N
+    exists = (first + row < end)[:, None] & col_ok[None, :]
+    at_bias = bias_ptr
+    at_z = z_ptr
     if HAS_BIAS:
-        at_bias = bias_ptr + tl.cast(expert, tl.int64) * (MAPS * N) + first_col
-        total += tl.load(at_bias + at_map, mask=map_ok, other=0.0).to(tl.float32)[None, :]
+        at_bias += tl.cast(expert, tl.int64) * (MAPS * N) + first_col + col
+        total += tl.load(at_bias, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     if SAVE_Z:
-        at_z = z_ptr + (tl.cast(first, tl.int64) * (MAPS * N) + first_col)
-        at_z += row[:, None] * (MAPS * N) + at_map[None, :]
-        tl.store(at_z, total.to(z_ptr.dtype.element_ty), mask=row_ok[:, None] & map_ok[None, :])
-    if IS_GATED:
-        total, up = total.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split()
+        at_z += tl.cast(first, tl.int64) * (MAPS * N) + first_col
+        at_z += row[:, None] * (MAPS * N) + col[None, :]
+        tl.store(at_z, total.to(z_ptr.dtype.element_ty), mask=exists)
     if KIND != "none":
         total = act(total, KIND)
-    if IS_GATED:
+    if IS_GATED:  # only now, when the gate's registers are few
+        if HAS_BIAS:
+            up += tl.load(at_bias + N, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+        if SAVE_Z:
+            tl.store(at_z + N, up.to(z_ptr.dtype.element_ty), mask=exists)
         total = total * up_factor(up, KIND)
     at = out_ptr + (tl.cast(first, tl.int64) * N + first_col) + (row[:, None] * N + col[None, :])
-    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & (first_col + col < N)[None, :])
+    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+@jit
+def _split(tile):
+    """The left and the right half of the columns."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @jit
@@ -159,26 +165,35 @@ def _grouped_gemm_kernel(
             total = dot(b.T, a.T, total, INTERPRET) if SWAP else dot(a, b, total, INTERPRET)
         if SWAP:
             total = total.T
-        if HALVES:  # the left and the right half of the columns, each with its gate and up
-            left, right = total.reshape(BLOCK_M, MAPS, 2, WIDTH // 2).permute(0, 1, 3, 2).split()
+        up = total
+        if IS_GATED:
+            total, up = _split(total)
+        if HALVES:
+            left, right = _split(total)
+            left_up = left
+            right_up = right
+            if IS_GATED:
+                left_up, right_up = _split(up)
             _store_tile(
-                left.reshape(BLOCK_M, BLOCK_N // 2), out_ptr, z_ptr, bias_ptr, expert, first, end,
-                first_col, N, KIND, IS_GATED, SAVE_Z, HAS_BIAS,
+                left, left_up, out_ptr, z_ptr, bias_ptr, expert, first, end, first_col, N,
+                KIND, IS_GATED, SAVE_Z, HAS_BIAS,
             )  # fmt: skip
             _store_tile(
-                right.reshape(BLOCK_M, BLOCK_N // 2), out_ptr, z_ptr, bias_ptr, expert, first, end,
-                first_col + WIDTH // 2, N, KIND, IS_GATED, SAVE_Z, HAS_BIAS,
+                right, right_up, out_ptr, z_ptr, bias_ptr, expert, first, end, first_col + WIDTH // 2, N,
+                KIND, IS_GATED, SAVE_Z, HAS_BIAS,
             )  # fmt: skip
         else:
             _store_tile(
-                total, out_ptr, z_ptr, bias_ptr, expert, first, end, first_col, N, KIND, IS_GATED, SAVE_Z, HAS_BIAS
+                total, up, out_ptr, z_ptr, bias_ptr, expert, first, end, first_col, N, KIND, IS_GATED, SAVE_Z, HAS_BIAS
             )
     first_zero = tl.load(offsets_ptr + n_experts)  # the rows of no expert; none is read, so no product
     for tile in range(tl.program_id(0), tl.cdiv(n_rows - first_zero, BLOCK_M) * column_tiles, tl.num_programs(0)):
         first = first_zero + tile // column_tiles * BLOCK_M
-        zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         first_col = tile % column_tiles * WIDTH
-        _store_tile(zero, out_ptr, z_ptr, bias_ptr, 0, first, n_rows, first_col, N, "none", IS_GATED, SAVE_Z, False)
+        zero = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+        _store_tile(
+            zero, zero, out_ptr, z_ptr, bias_ptr, 0, first, n_rows, first_col, N, "none", IS_GATED, SAVE_Z, False
+        )
 
 
 def _descriptor(tensor: Tensor, shape: list[int], block: list[int]) -> Any:

@@ -75,10 +75,10 @@ SHIPPED = {
     "sm_100": {
         # tcgen05 takes 128 rows: the weights fill them.
         16: GemmConfig(128, 128, 4, 5, swap=True, tma=True),
-        32: GemmConfig(128, 128, 4, 5, swap=True, tma=True),
+        32: GemmConfig(128, 128, 4, 4, swap=True, tma=True),  # a fifth stage makes gathered rows spill
         64: GemmConfig(128, 128, 4, 4, swap=True, tma=True),
-        # The sums lie in tensor memory, registers are the epilogue's alone; a fourth stage makes the gated kinds spill.
-        128: GemmConfig(256, 64, 8, 3, halves=True, tma=True),
+        # The sums lie in tensor memory; read in halves, or the epilogue spills.
+        128: GemmConfig(256, 64, 8, 4, halves=True, tma=True),
     },
     "gfx942": {
         # 64 KB of local memory: one tile of each operand, the next one in registers.
