@@ -1,64 +1,133 @@
-"""routing_plan: bit for bit its reference, which is checked against a loop; the permuted copy and its way back."""
+"""routing_plan: bit for bit its reference, which is checked against a loop, on a pairwise cover of shapes and modes."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from kernel_loops import TOLERANCES, assert_close, leaf, random_ids
+from kernel_loops import cheap_cover, random_ids
+from kernel_plan_loops import ALL, assert_is_plan, assert_same, ids_of, kept_by_expert, priorities
 from torch import Tensor
 
-from moebench_kernels import combine, combine_torch, permute, permute_torch, routing_plan, routing_plan_torch
+from moebench_kernels import plan_kernels, routing_plan, routing_plan_torch
 from moebench_kernels.plan import Plan
+from moebench_kernels.plan_kernels import LargeConfig
+from moebench_kernels.runtime import interpreting
 
-FIELDS = ("counts", "offsets", "row2assignment", "token2row")
-SHAPES = [(0, 5, 2), (1, 1, 1), (3, 2, 1), (33, 5, 4), (65, 8, 8), (33, 60, 8), (65, 60, 4), (129, 257, 2), (65, 1, 1)]
-
-
-def plan_loop(ids: Tensor, E: int) -> tuple[list[int], list[int], list[list[int]]]:
-    """Counts, row2assignment without its tail, token2row; by appending to a list for each expert."""
-    T, K = ids.shape
-    groups: list[list[int]] = [[] for _ in range(E)]
-    for a, e in enumerate(ids.flatten().tolist()):
-        if 0 <= e < E:
-            groups[e].append(a)
-    rows = [a for group in groups for a in group]
-    place = {a: row for row, a in enumerate(rows)}
-    return [len(group) for group in groups], rows, [[place.get(t * K + k, -1) for k in range(K)] for t in range(T)]
+FACTORS = {
+    "T": (0, 1, 3, 33, 127, 128, 129, 500),
+    "E": (1, 2, 8, 60, 64, 160, 257),
+    "K": (1, 2, 3, 4, 5, 6, 7, 8, 16),
+    "mode": ("all", "capacity", "priority"),
+    "dropped": (0.0, 0.3),
+    "dtype": (torch.int32, torch.int64),
+}
 
 
-def check(ids: Tensor, E: int, device: torch.device) -> Plan:
-    plan, reference = routing_plan(ids.to(device), E), routing_plan_torch(ids, E)
-    for name in FIELDS:
-        found, wanted = getattr(plan, name), getattr(reference, name)
-        assert found.dtype == wanted.dtype == torch.int32, name
-        assert torch.equal(found.cpu(), wanted), name
-    counts, rows, token2row = plan_loop(ids, E)
-    assert reference.counts.tolist() == counts
-    assert reference.offsets.tolist() == [sum(counts[:e]) for e in range(E + 1)]
-    assert reference.row2assignment.tolist() == rows + [-1] * (ids.numel() - len(rows))
-    assert reference.token2row.tolist() == token2row
+def cost(case: dict) -> float:
+    """Seconds in the interpreter, roughly: a program for 32 or 128 assignments, and one an expert for priorities."""
+    return 0.05 + case["T"] * case["K"] / 4000 + (case["mode"] == "priority") * case["E"] / 20
+
+
+CASES = cheap_cover(FACTORS, cost)
+
+
+def options_of(ids: Tensor, E: int, mode: str) -> dict:
+    """Capacity at the mean load, or at twice that of many experts: some have more, some less."""
+    options = {} if mode == "all" else {"capacity": max(1, ids.numel() // E) * (1 if E <= 8 else 2)}
+    return options | ({"priority": priorities(*ids.shape)} if mode == "priority" else {})
+
+
+def check(ids: Tensor, E: int, device: torch.device, **options: object) -> Plan:
+    """Kernels against reference, reference against loop."""
+    there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    plan, reference = routing_plan(ids.to(device), E, **there), routing_plan_torch(ids, E, **options)
+    assert_is_plan(reference, kept_by_expert(ids, E, **options), *ids.shape)
+    assert_same(plan, reference)
     return plan
 
 
-@pytest.mark.parametrize("dropped", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize(("T", "E", "K"), SHAPES)
-def test_plan(T: int, E: int, K: int, dropped: float, device: torch.device) -> None:
-    plan = check(random_ids(T, E, K, dropped), E, device)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_plan(case: dict, device: torch.device) -> None:
+    T, E, K = case["T"], case["E"], case["K"]
+    ids = ids_of(T, E, K, case["dropped"]).to(case["dtype"])
+    plan = check(ids, E, device, **options_of(ids, E, case["mode"]))
     assert (plan.n_tokens, plan.n_experts, plan.top_k, plan.n_rows) == (T, E, K, T * K)
 
 
-def test_all_on_one_expert(device: torch.device) -> None:
-    plan = check(torch.full((65, 1), 3), 8, device)
-    assert plan.counts.tolist() == [0, 0, 0, 65, 0, 0, 0, 0]
+def test_the_cover_is_pairwise() -> None:
+    for a, b in itertools.combinations(FACTORS, 2):
+        assert {(case[a], case[b]) for case in CASES} == set(itertools.product(FACTORS[a], FACTORS[b]))
 
 
-def test_many_blocks_of_assignments(device: torch.device) -> None:
-    """More blocks (over 64) than one step of the scan takes."""
-    check(random_ids(2200, 5, 4, 0.1), 5, device)
+@pytest.mark.full
+@pytest.mark.parametrize("T", FACTORS["T"])
+@pytest.mark.parametrize("E", [*FACTORS["E"], 1024, 1100, 4096])
+@pytest.mark.parametrize("K", FACTORS["K"])
+@pytest.mark.parametrize("mode", FACTORS["mode"])
+def test_plan_on_every_shape(T: int, E: int, K: int, mode: str, device: torch.device) -> None:
+    ids = ids_of(T, E, K, 0.1)
+    check(ids, E, device, **options_of(ids, E, mode))
+
+
+# Chunks of several programs, experts counted and chunks scanned in several steps, groups that the experts fill or not.
+SHORT = (LargeConfig(256, 16, 8, 2, block_a=64, block_r=32), LargeConfig(128, 4, 16, 1), LargeConfig(512, 64, 32, 4))
+
+
+@pytest.mark.parametrize("mode", FACTORS["mode"])
+@pytest.mark.parametrize(("config", "E"), list(zip(SHORT, (40, 15, 33), strict=True)))
+def test_many_steps(
+    config: LargeConfig, E: int, mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_kernels, "large_config", lambda n, E: config)
+    ids = ids_of(261, E, 5, 0.2)
+    check(ids, E, device, **options_of(ids, E, mode))
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_most_experts(capacity: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4096; on a GPU with the shipped tiles."""
+    if interpreting():
+        monkeypatch.setattr(plan_kernels, "large_config", lambda n, E: LargeConfig(1024, 1024, 2048, 2))
+    check(random_ids(33, 4096, 8, 0.1), 4096, device, capacity=ALL if capacity is None else capacity)
+
+
+@pytest.mark.parametrize("T", [0, 3, 129])
+@pytest.mark.parametrize("mode", FACTORS["mode"])
+def test_one_launch_or_three(T: int, mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small problems by the kernels of large ones."""
+    ids = ids_of(T, 8, 2, 0.2)
+    options = options_of(ids, 8, mode)
+    small = check(ids, 8, device, **options)
+    monkeypatch.setattr(plan_kernels, "SMALL", -1)
+    assert_same(check(ids, 8, device, **options), small)
+
+
+@pytest.mark.parametrize("T", [65, 1100])
+def test_all_on_one_expert(T: int, device: torch.device) -> None:
+    plan = check(torch.full((T, 1), 3), 8, device)
+    assert plan.counts.tolist() == [0, 0, 0, T, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("T", [65, 1100])
+def test_nothing_kept(T: int, device: torch.device) -> None:
+    plan = check(torch.full((T, 1), -1), 8, device)
+    assert plan.tile_offsets[8] == 0
+    assert plan.tile2expert.max() == 8
 
 
 def test_ids_that_would_wrap_in_32_bits_are_dropped(device: torch.device) -> None:
     check(torch.tensor([[2**32 + 1, 1], [-(2**32) + 1, 0], [2**31 - 1, -(2**31)]]), 2, device)
+
+
+def test_any_strides(device: torch.device) -> None:
+    ids, priority = ids_of(12, 5, 7).to(device), priorities(7, 12).to(device).T
+    views = (ids[:, ::2], ids.T.contiguous().T[:, :3], ids[:, 1:].flip(0), ids[:1].expand(12, 7))
+    for view in views:
+        assert_same(routing_plan(view, 5), routing_plan_torch(view.cpu().clone(), 5))
+    found = routing_plan(ids, 5, capacity=9, priority=priority)
+    assert_same(found, routing_plan_torch(ids.cpu(), 5, capacity=9, priority=priority.cpu().clone()))
 
 
 def test_row_maps(device: torch.device) -> None:
@@ -70,6 +139,15 @@ def test_row_maps(device: torch.device) -> None:
     assert plan.row2expert.tolist() == [flat[a] for a in assignments[:kept]] + [-1] * (132 - kept)
 
 
+@pytest.mark.parametrize("capacity", [None, 3])
+@pytest.mark.parametrize("T", [5, 0])
+def test_operator(T: int, capacity: int | None, device: torch.device) -> None:
+    priority = None if capacity is None else torch.rand(T, 2, device=device)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = (ids_of(T, 4, 2, 0.2).to(device), 4, 16, capacity, priority)
+    torch.library.opcheck(torch.ops.moebench.routing_plan.default, arguments, test_utils=tests)
+
+
 @pytest.mark.parametrize(
     ("ids", "E", "error", "message"),
     [
@@ -78,6 +156,8 @@ def test_row_maps(device: torch.device) -> None:
         (torch.zeros(4, 0, dtype=torch.int64), 8, ValueError, r"ids has shape \[4, 0\]"),
         (torch.zeros(4, 2, dtype=torch.int64), 0, ValueError, "n_experts is 0"),
         ([[0, 1]], 8, TypeError, r"ids is a list; a torch.Tensor is needed"),
+        (torch.zeros(1, 1).int().expand(2**30, 2), 8, ValueError, "ids has 2147483648 assignments; fewer than"),
+        (torch.zeros(1, 1).int().expand(2**31 - 1024, 1), 8, ValueError, "ids has 2147482624 assignments; fewer than"),
     ],
 )
 def test_plan_refuses(ids: Tensor, E: int, error: type, message: str) -> None:
@@ -85,58 +165,30 @@ def test_plan_refuses(ids: Tensor, E: int, error: type, message: str) -> None:
         routing_plan(ids, E)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("T", "E", "K", "D"), [(0, 5, 2, 17), (1, 1, 1, 1), (33, 5, 4, 48), (65, 60, 8, 17), (3, 2, 1, 1100)]
-)
-def test_permute(T: int, E: int, K: int, D: int, dtype: torch.dtype, device: torch.device) -> None:
-    ids, x, upstream = random_ids(T, E, K, 0.3), torch.randn(T, D).to(dtype), torch.randn(T * K, D).to(dtype)
-    mine, exact = leaf(x, dtype, device), leaf(x, torch.float64)
-    rows = permute(mine, routing_plan(ids.to(device), E))
-    reference = routing_plan_torch(ids, E)
-    wanted = permute_torch(exact, reference)
-    assert torch.equal(rows.detach().cpu().double(), wanted.detach())
-    for r, token in enumerate(reference.row2token.tolist()):
-        assert torch.equal(wanted[r], exact[token] if token >= 0 else torch.zeros(D).double())
-    rows.backward(upstream.to(device))
-    wanted.backward(upstream.double())
-    assert_close("dx", mine.grad, exact.grad, TOLERANCES[dtype])
+@pytest.mark.gpu
+@pytest.mark.parametrize(("T", "E", "K"), [(128, 256, 8), (33, 1024, 31), (4096, 64, 8), (131072, 128, 8)])
+@pytest.mark.parametrize("mode", FACTORS["mode"])
+def test_on_a_gpu(T: int, E: int, K: int, mode: str, device: torch.device) -> None:
+    """Captured in a CUDA graph, which refuses whatever waits for the host; the same bits every time."""
+    ids = random_ids(T, E, K, 0.05).to(device)
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options_of(ids, E, mode).items()}
+    wanted = routing_plan_torch(ids, E, **options)
+    assert_same(routing_plan(ids, E, **options), wanted)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan = routing_plan(ids, E, **options)
+    for _ in range(20):
+        for tensor in plan[:-1]:
+            tensor.fill_(-7)
+        graph.replay()
+        assert_same(plan, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("T", "E", "K", "D"), [(0, 5, 2, 17), (1, 1, 1, 1), (33, 5, 4, 48), (65, 60, 8, 17), (3, 2, 2, 600)]
-)
-def test_combine(T: int, E: int, K: int, D: int, dtype: torch.dtype, device: torch.device) -> None:
-    ids, weights = random_ids(T, E, K, 0.3), torch.randn(T, K)
-    weights[(ids < 0) | (ids >= E)] = float("nan")  # weights of dropped assignments must not be read
-    plan, reference = routing_plan(ids.to(device), E), routing_plan_torch(ids, E)
-    rows, upstream = torch.randn(T * K, D).to(dtype), torch.randn(T, D).to(dtype)
-    mine = [leaf(rows, dtype, device), leaf(weights, torch.float32, device)]
-    exact = [leaf(rows, torch.float64), leaf(weights, torch.float64)]
-    y, wanted = combine(*mine, plan), combine_torch(*exact, reference)
-    assert y.dtype == dtype
-    assert_close("y", y, wanted, TOLERANCES[dtype])
-    for t in range(T):
-        kept = [(k, r) for k, r in enumerate(reference.token2row[t].tolist()) if r >= 0]
-        loop = sum((weights[t, k].double() * rows[r].double() for k, r in kept), torch.zeros(D).double())
-        assert_close("reference", wanted[t], loop, 1e-12)
-    y.backward(upstream.to(device))
-    wanted.backward(upstream.double())
-    for name, found, want in zip(("d_rows", "d_weights"), mine, exact, strict=True):
-        assert_close(name, found.grad, want.grad, TOLERANCES[dtype])
-    assert (mine[1].grad.cpu()[torch.isnan(weights)] == 0).all()
-
-
-def test_permute_and_combine_refuse(device: torch.device) -> None:
-    plan = routing_plan(random_ids(4, 8, 2).to(device), 8)
-    with pytest.raises(ValueError, match=r"x has shape \[5, 16\]; needed: \[4, D\]"):
-        permute(torch.zeros(5, 16, device=device), plan)
-    with pytest.raises(ValueError, match=r"x has strides .* must be contiguous"):
-        permute(torch.zeros(16, 4, device=device).T, plan)
-    with pytest.raises(TypeError, match="weights is float16; allowed: float32"):
-        combine(torch.zeros(8, 16, device=device), torch.zeros(4, 2, device=device).half(), plan)
-    with pytest.raises(ValueError, match=r"rows has shape \[4, 16\]; needed: \[8, D\]"):
-        combine(torch.zeros(4, 16, device=device), torch.zeros(4, 2, device=device), plan)
-    with pytest.raises(ValueError, match="one device is needed for all, found: x on meta, plan on"):
-        permute(torch.zeros(4, 16, device="meta"), plan)
+@pytest.mark.gpu
+@pytest.mark.parametrize("one", [False, True])
+def test_most_of_everything_on_a_gpu(one: bool, device: torch.device) -> None:
+    ids = torch.full((131072, 8), 4095) if one else random_ids(131072, 4096, 8)
+    ids = ids.to(device)
+    assert_same(routing_plan(ids, 4096), routing_plan_torch(ids, 4096))
+    options = {"capacity": 200, "priority": torch.rand(131072, 8, device=device)}
+    assert_same(routing_plan(ids, 4096, **options), routing_plan_torch(ids, 4096, **options))
