@@ -51,6 +51,12 @@ def decode_form(T: int, K: int, E: int) -> str | None:
 
     The vector form reads an expert's weights for each of its tokens. It spares two launches, and what it reads again
     should come from L2; so it takes up to 4 tokens, while uniform routing would have it read at most a quarter twice.
+
+    Args:
+        T, K, E: as in the shapes above.
+
+    Returns:
+        A name of FORMS, or None.
     """
     if T > MAX_TOKENS:
         return None

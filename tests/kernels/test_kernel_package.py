@@ -85,7 +85,7 @@ def test_every_public_function_is_documented() -> None:
         if (
             inspect.isfunction(value)
             and not name.endswith("_torch")
-            and name not in ("interpreting", "triton_available")
+            and name not in ("decode_form", "interpreting", "triton_available")  # which have nothing to refuse
         ):
             assert "Raises:" in value.__doc__, name
             assert "Returns:" in value.__doc__, name
