@@ -70,12 +70,12 @@ def act(z, KIND: tl.constexpr):
     if KIND == "silu":
         y = z * tl.sigmoid(z)
     elif KIND == "clamped":
-        gate = tl.where(z > 7.0, 7.0, z)  # unlike minimum, keeps a NaN, as torch does
+        gate = tl.minimum(z, 7.0, propagate_nan=tl.PropagateNan.ALL)  # as torch
         y = gate * tl.sigmoid(1.702 * gate)
     elif KIND == "gelu":
         y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     else:
-        y = tl.where(z < 0.0, 0.0, z)
+        y = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return y
 
 
@@ -86,7 +86,7 @@ def act_slope(z, KIND: tl.constexpr):
         s = tl.sigmoid(z)
         y = s * (1.0 + z * (1.0 - s))
     elif KIND == "clamped":
-        gate = tl.where(z > 7.0, 7.0, z)
+        gate = tl.minimum(z, 7.0, propagate_nan=tl.PropagateNan.ALL)
         s = tl.sigmoid(1.702 * gate)
         y = tl.where(z <= 7.0, s * (1.0 + 1.702 * gate * (1.0 - s)), 0.0)
     elif KIND == "gelu":
@@ -101,7 +101,7 @@ def act_slope(z, KIND: tl.constexpr):
 def up_factor(up, KIND: tl.constexpr):
     """u(up), which a gated kind multiplies s(gate) by."""
     if KIND == "clamped":
-        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
+        up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL) + 1.0
     return up
 
 
