@@ -93,9 +93,7 @@ def read_model(value: object) -> Value:
 def read_provider(value: object) -> Value:
     """A provider's name, an entry point's, or path/to/file.py:function."""
     if not isinstance(value, str):
-        raise ValueError(
-            f"found {shown(value)}; allowed: {', '.join(providers.PROVIDERS)}, or path/to/file.py:function"
-        )
+        raise ValueError(f"found {shown(value)}; allowed: {providers.ALLOWED}")
     _bounded(value, 1000)
     if not providers.is_known(value):
         raise ValueError(providers.unknown(value[:100]))

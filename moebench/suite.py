@@ -168,7 +168,7 @@ def _joining(names: Sequence[str], faults: list[str]) -> list[str]:
         try:
             joining.append(str(AXES["provider"].read(name)))
         except ValueError as error:
-            faults.append(f"--provider {error}")
+            faults.append(f"--provider: {error}")
     return joining
 
 

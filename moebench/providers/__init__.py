@@ -117,6 +117,9 @@ PROVIDERS: dict[str, Listing] = {
 }
 
 
+ALLOWED = "a name of `moebench list providers`, or path/to/file.py:function"
+
+
 def is_known(name: str) -> bool:
     """Whether a suite may name it (a file reference is checked when it is loaded)."""
     return name in PROVIDERS or is_file(name) or name in entry_points()
@@ -139,5 +142,4 @@ def unknown(name: str) -> str:
     """One line that says why the name is no provider, with the nearest one."""
     near = get_close_matches(name, [*PROVIDERS, *entry_points()], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    known = ", ".join(PROVIDERS)
-    return f"provider {name!r} is not known{hint} (known: {known}, or path/to/file.py:function)"
+    return f"provider {name!r} is not known{hint} (allowed: {ALLOWED})"
