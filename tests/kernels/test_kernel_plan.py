@@ -34,9 +34,13 @@ CASES = cheap_cover(FACTORS, cost)
 
 
 def options_of(ids: Tensor, E: int, mode: str) -> dict:
-    """Capacity at the mean load, or at twice that of many experts: some have more, some less."""
-    options = {} if mode == "all" else {"capacity": max(1, ids.numel() // E) * (1 if E <= 8 else 2)}
-    return options | ({"priority": priorities(*ids.shape)} if mode == "priority" else {})
+    """Capacity at the mean load, for priorities one deviation above it: some experts have more, some less."""
+    if mode == "all":
+        return {}
+    mean = ids.numel() / E
+    if mode == "capacity":
+        return {"capacity": max(1, int(mean))}
+    return {"capacity": max(1, int(mean + mean**0.5)), "priority": priorities(*ids.shape)}
 
 
 def check(ids: Tensor, E: int, device: torch.device, **options: object) -> Plan:
