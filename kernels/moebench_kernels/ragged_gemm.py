@@ -13,7 +13,7 @@ rows that lie wholly inside the expert need no row mask; one masked step takes t
 Shapes: left [R, M], right [R, N] (or token-major [T, ...]), R = T*K, dW [E, M, N].
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ from torch import Tensor
 from moebench_kernels.build import Build, signature
 from moebench_kernels.checks import FLOATS, check_launch, check_same_dtype, check_tensor
 from moebench_kernels.dot import dot
-from moebench_kernels.plan import Plan
-from moebench_kernels.runtime import cdiv, interpreting, jit, next_power_of_2, on_device, tl
-from moebench_kernels.tiles import TMA_FAMILIES, device_family, processors
+from moebench_kernels.plan import Plan, check_plan
+from moebench_kernels.ragged_tiles import TILES, RaggedConfig, ragged_config, ragged_kind
+from moebench_kernels.runtime import cdiv, interpreting, jit, on_device, tl
+from moebench_kernels.tiles import TMA_FAMILIES, device_family, processors, tile_rows
+from moebench_kernels.tuned_tiles import pick_ragged_config
 
 
 def ragged_gemm_torch(
@@ -37,50 +39,6 @@ def ragged_gemm_torch(
         left[token[r] if gather_left else r].to(wide).mT @ right[token[r] if gather_right else r].to(wide) for r in rows
     ]
     return torch.stack(parts).to(left.dtype)
-
-
-@dataclass(frozen=True)
-class RaggedConfig:
-    """Tile of a dW: block_m by block_n of it, block_r rows of the sum at a time.
-
-    Attributes:
-        per_unit: programs on each multiprocessor, as many as its registers and shared memory hold.
-        group_m: row tiles walked together, so that a strip of `right` is read once for all of them.
-    """
-
-    block_m: int
-    block_n: int
-    block_r: int
-    num_warps: int
-    num_stages: int
-    per_unit: int = 1
-    group_m: int = 8
-
-
-# Chosen by the compiler's report (no spill, fits the shared memory, every load asynchronous); not measured on a GPU.
-# The wide side is block_n; it is mirrored where `right` is gathered, so that the wide side comes by TMA or by rows.
-TILES = {
-    "sm_80": RaggedConfig(128, 128, 64, 8, 4),  # 96 KB; 128 x 256 leaves no register free
-    "sm_90": RaggedConfig(128, 256, 64, 8, 4),  # 192 KB: L2 feeds WGMMA best with the largest tile that does not spill
-    "sm_100": RaggedConfig(128, 256, 64, 8, 4),  # sums in tensor memory, 192 KB of operands
-    "gfx942": RaggedConfig(128, 128, 64, 8, 2),  # 32 of 64 KB; its registers fill a unit
-    "gfx950": RaggedConfig(128, 256, 64, 8, 3),  # 96 of 160 KB
-    "interpreter": RaggedConfig(64, 128, 32, 4, 1),  # small enough for tests to cross tiles in every direction
-}
-FP32 = RaggedConfig(64, 64, 16, 4, 3, per_unit=2)  # FMA units: 32 rows at a time spill
-
-
-def ragged_config(M: int, N: int, dtype: torch.dtype, family: str, *, gather_right: bool = False) -> RaggedConfig:
-    """The tile of a dW [E, M, N], never wider than the matrix."""
-    c = FP32 if dtype == torch.float32 and family != "interpreter" else TILES[family]
-    if gather_right:
-        c = replace(c, block_m=c.block_n, block_n=c.block_m)
-    block_m, block_n = min(c.block_m, _side(M)), min(c.block_n, _side(N))
-    return replace(c, block_m=block_m, block_n=block_n, num_warps=c.num_warps if block_m * block_n > 8192 else 4)
-
-
-def _side(size: int) -> int:
-    return max(16, next_power_of_2(size))  # tl.dot takes no less than 16
 
 
 @jit
@@ -182,17 +140,17 @@ def heaviest_first(offsets: Tensor) -> Tensor:
     return torch.argsort(offsets.diff(), descending=True, stable=True).int()
 
 
-@torch.library.custom_op("moebench::ragged_gemm", mutates_args=())
-def _ragged_gemm(
+def launch_ragged_tiles(
     left: Tensor, right: Tensor, offsets: Tensor, row2assignment: Tensor, top_k: int,
-    gather_left: bool, gather_right: bool,
+    gather_left: bool, gather_right: bool, config: RaggedConfig | None = None,
 ) -> Tensor:  # fmt: skip
-    check_launch(left=left, right=right, plan=offsets)
-    M, N, E = left.shape[1], right.shape[1], offsets.shape[0] - 1
-    if row2assignment.shape[0] == 0:
+    """dW [E, M, N], unchecked; in this tile instead of the one that is picked, where `config` is given."""
+    M, N, E, n_rows = left.shape[1], right.shape[1], offsets.shape[0] - 1, row2assignment.shape[0]
+    if n_rows == 0:
         return right.new_zeros(E, M, N)
     dw, family = right.new_empty(E, M, N), device_family(right.device)
-    c = ragged_config(M, N, right.dtype, family, gather_right=gather_right)
+    kind = ragged_kind(gather_left, gather_right)
+    c = config or pick_ragged_config(kind, tile_rows(n_rows / E), M, N, right.dtype, right.device)
     left_in, left_tma = _operand(left, gather_left, family, [c.block_r, c.block_m])
     right_in, right_tma = _operand(right, gather_right, family, [c.block_r, c.block_n])
     programs = min(processors(right.device) * c.per_unit, E * cdiv(M, c.block_m) * cdiv(N, c.block_n))
@@ -204,6 +162,15 @@ def _ragged_gemm(
             num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
     return dw
+
+
+@torch.library.custom_op("moebench::ragged_gemm", mutates_args=())
+def _ragged_gemm(
+    left: Tensor, right: Tensor, offsets: Tensor, row2assignment: Tensor, top_k: int,
+    gather_left: bool, gather_right: bool,
+) -> Tensor:  # fmt: skip
+    check_launch(left=left, right=right, plan=offsets)
+    return launch_ragged_tiles(left, right, offsets, row2assignment, top_k, gather_left, gather_right)
 
 
 @_ragged_gemm.register_fake
@@ -239,6 +206,7 @@ def ragged_gemm(
 
     Source: K-grouped GEMM as in MegaBlocks, arXiv 2211.15841, section 4 (the DDS product of its backward).
     """
+    check_plan(plan)
     check_tensor("left", left, (plan.n_tokens if gather_left else plan.n_rows, "M"), FLOATS)
     check_tensor("right", right, (plan.n_tokens if gather_right else plan.n_rows, "N"), FLOATS)
     check_same_dtype(left=left, right=right)
@@ -260,7 +228,16 @@ def builds() -> list[Build]:
 
 def _build(family: str, dtype: str, form: str, gather_left: bool, gather_right: bool) -> Build:
     wide = torch.float32 if dtype == "fp32" else torch.bfloat16
-    c = ragged_config(2048, 2048, wide, family, gather_right=gather_right)
+    c = ragged_config(ragged_kind(gather_left, gather_right), 2048, 2048, wide, family)
+    tensor_cores = {"sm_80": ("mma",), "sm_90": ("wgmma", "tma"), "sm_100": ("tma",)}.get(family, ("mfma",))
+    built = build(family, dtype, gather_left, gather_right, c)
+    return replace(
+        built, name=f"ragged_gemm {form} {dtype} {family}", expect=() if dtype == "fp32" else tensor_cores
+    )  # fmt: skip
+
+
+def build(family: str, dtype: str, gather_left: bool, gather_right: bool, c: RaggedConfig) -> Build:
+    """One tile as it would be launched on aligned operands."""
     tma = family in TMA_FAMILIES
     blocks = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_R": c.block_r, "GROUP_M": c.group_m}
     constants = blocks | {
@@ -270,9 +247,7 @@ def _build(family: str, dtype: str, form: str, gather_left: bool, gather_right: 
     types = dict.fromkeys(("offsets_ptr", "order_ptr", "row2assignment_ptr"), "*i32")
     for name, block, descriptor in (("left", c.block_m, "LEFT_TMA"), ("right", c.block_n, "RIGHT_TMA")):
         types[name] = f"tensordesc<{dtype}[{c.block_r}, {block}]>" if constants[descriptor] else f"*{dtype}"
-    tensor_cores = {"sm_80": ("mma",), "sm_90": ("wgmma", "tma"), "sm_100": ("tma",)}.get(family, ("mfma",))
     return Build(
-        f"ragged_gemm {form} {dtype} {family}", _ragged_gemm_kernel,
-        signature(_ragged_gemm_kernel, dtype, constants, **types), constants, (family,), c.num_warps, c.num_stages,
-        unaligned=("n_experts",), expect=() if dtype == "fp32" else tensor_cores,
+        f"ragged_gemm {dtype}", _ragged_gemm_kernel, signature(_ragged_gemm_kernel, dtype, constants, **types),
+        constants, (family,), c.num_warps, c.num_stages, unaligned=("n_experts",),
     )  # fmt: skip

@@ -6,11 +6,10 @@ kind: "rows" (plain), "gather" (rows gathered while loaded), "gated" and "gated_
 "rows_t" and "gather_t" (weights transposed). N is a map's columns (F for a gated kind), K the inner size.
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -111,7 +110,8 @@ def tile_rows(rows_per_expert: float) -> int:
     16 (HMMA's least) to 128. Below 128 rows an expert the weights' traffic is the limit (some 180 operations a byte
     on H200), so that the empty rows of a tile cost little.
     """
-    return max(16, min(128, next_power_of_2(math.ceil(2 * rows_per_expert))))
+    # By comparisons: under torch.compile the load may be symbolic, and anything else would fix it to one number.
+    return next((m for m in BLOCK_MS if 2 * rows_per_expert <= m), BLOCK_MS[-1])
 
 
 def gemm_kind(gather: bool, gated: bool, transpose: bool) -> str:
@@ -149,8 +149,8 @@ def shared_bytes(c: GemmConfig, block_m: int, itemsize: int, family: str) -> int
 class Tuned(Protocol):
     """What a tuned file answers; see tuned_tiles.py."""
 
-    def nearest(self, kind: str, dtype: torch.dtype, block_m: int, N: int, K: int) -> GemmConfig | None:
-        """Its tile for this shape, if it has one."""
+    def nearest(self, kind: str, dtype: torch.dtype, block_m: int, N: int, K: int) -> Any:
+        """Its tile for this shape, of the class that its kind has, or None."""
 
 
 def gemm_config(

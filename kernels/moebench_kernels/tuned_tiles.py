@@ -4,6 +4,9 @@
      "entries": [{"kind": "gated_gather", "dtype": "bfloat16", "block_m": 128, "n": 768, "k": 2048,
                   "config": {"block_n": 256, "block_k": 64, "num_warps": 8, "num_stages": 4}, "median_ms": null}]}
 
+Kinds are those of tiles.py, where n and k are a map's columns and the inner size, and of ragged_tiles.py, where n and k
+are the columns and the rows of a dW and block_m stands for the load (`tile_rows` of the mean rows of an expert).
+
 In use is, first found: what `use_tuned` was given; the file that the environment variable MOEBENCH_TILES
 names; `tuned/<device>.json` beside this file. A field of `config` that is left out has its default.
 """
@@ -20,7 +23,10 @@ from typing import Any
 import torch
 
 from moebench_kernels import runtime
+from moebench_kernels.ragged_tiles import RAGGED_KINDS, RaggedConfig, ragged_config
 from moebench_kernels.tiles import FAMILIES, SHARED_KB, GemmConfig, device_family, gemm_config, shared_bytes
+
+Config = GemmConfig | RaggedConfig
 
 MAX_FILE_BYTES = 4 << 20
 
@@ -31,9 +37,9 @@ class Tuned:
 
     device: str
     device_family: str
-    entries: dict[tuple[str, str, int], list[tuple[int, int, GemmConfig]]]
+    entries: dict[tuple[str, str, int], list[tuple[int, int, Config]]]
 
-    def nearest(self, kind: str, dtype: torch.dtype, block_m: int, N: int, K: int) -> GemmConfig | None:
+    def nearest(self, kind: str, dtype: torch.dtype, block_m: int, N: int, K: int) -> Any:
         """The entry of the nearest shape, at most a factor of two away in all; None without one."""
         near = [
             (abs(math.log2(n / N)) + abs(math.log2(k / K)), n, k, config)
@@ -68,7 +74,7 @@ def _parse(text: Any) -> Tuned:
     here = getattr(runtime.triton, "__version__", version)
     if version.split(".")[:2] != here.split(".")[:2]:
         raise ValueError(f"it was tuned with triton {version}, this is {here}; tune again")
-    found: dict[tuple[str, str, int], list[tuple[int, int, GemmConfig]]] = {}
+    found: dict[tuple[str, str, int], list[tuple[int, int, Config]]] = {}
     for number, entry in enumerate(entries):
         try:
             kind, dtype, block_m, n, k, config = _entry(entry)
@@ -78,25 +84,26 @@ def _parse(text: Any) -> Tuned:
     return Tuned(text["device"], family, found)
 
 
-_RANGES = {"block_n": (16, 512), "block_k": (16, 512), "num_warps": (1, 16), "num_stages": (1, 10), "group_m": (1, 64)}
-_RANGES |= {"ctas_per_sm": (1, 8)}
+_RANGES = dict.fromkeys(("block_m", "block_n", "block_k", "block_r"), (16, 512))
+_RANGES |= {"num_warps": (1, 16), "num_stages": (1, 10), "group_m": (1, 64), "ctas_per_sm": (1, 8), "per_unit": (1, 8)}
 
 
-def _entry(entry: dict[str, Any]) -> tuple[str, str, int, int, int, GemmConfig]:
+def _entry(entry: dict[str, Any]) -> tuple[str, str, int, int, int, Config]:
     kind, dtype = entry["kind"], entry["dtype"]
     if not isinstance(kind, str) or not isinstance(dtype, str):
         raise ValueError("kind and dtype are texts")
     sizes = [entry[name] for name in ("block_m", "n", "k")]
     if any(type(size) is not int or not 1 <= size < 2**31 for size in sizes):
         raise ValueError("block_m, n and k are positive integers")
-    config = GemmConfig(**entry["config"])
+    config = (RaggedConfig if kind in RAGGED_KINDS else GemmConfig)(**entry["config"])
     for field in fields(config):
         value = getattr(config, field.name)
         low, high = _RANGES.get(field.name, (0, 1))
         if type(value) is not (int if field.name in _RANGES else bool) or not low <= value <= high:
             raise ValueError(f"{field.name} is {value!r}")
-    if any(size & (size - 1) for size in (config.block_n, config.block_k, config.num_warps)):
-        raise ValueError("block_n, block_k and num_warps are powers of two")
+    for name, value in vars(config).items():
+        if (name.startswith("block_") or name == "num_warps") and value & (value - 1):
+            raise ValueError(f"{name} is {value}; a power of two is needed")
     return kind, dtype, *sizes, config
 
 
@@ -112,6 +119,7 @@ def use_tuned(tuned: Tuned | str | Path | None) -> None:
     chosen = [] if tuned is None else [tuned if isinstance(tuned, Tuned) else load_tuned(tuned)]
     _chosen[:] = chosen
     _pick.cache_clear()
+    _pick_ragged.cache_clear()
 
 
 def device_slug(name: str) -> str:
@@ -133,6 +141,19 @@ def _pick(kind: str, block_m: int, N: int, K: int, dtype: torch.dtype, device: t
     properties = torch.cuda.get_device_properties(device)
     limit = getattr(properties, "shared_memory_per_block_optin", SHARED_KB[family] * 1024)
     return _shrink(c, block_m, dtype.itemsize, family, limit) if limit < SHARED_KB[family] * 1024 else c
+
+
+def pick_ragged_config(kind: str, load: int, M: int, N: int, dtype: torch.dtype, device: torch.device) -> RaggedConfig:
+    """`ragged_config` for a device, with the tuned file in use there."""
+    return _pick_ragged(kind, load, M, N, dtype, device, os.environ.get("MOEBENCH_TILES", ""))
+
+
+@lru_cache(maxsize=4096)
+def _pick_ragged(
+    kind: str, load: int, M: int, N: int, dtype: torch.dtype, device: torch.device, path: str
+) -> RaggedConfig:
+    family = device_family(device)
+    return ragged_config(kind, M, N, dtype, family, load=load, tuned=_tuned_for(device, family, path))
 
 
 def _shrink(c: GemmConfig, block_m: int, itemsize: int, family: str, limit: int) -> GemmConfig:

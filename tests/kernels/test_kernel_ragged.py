@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from kernel_loops import TOLERANCES, assert_close, random_ids
 from torch import Tensor
 
-from moebench_kernels import Plan, ragged_gemm, ragged_gemm_torch, routing_plan, routing_plan_torch
-from moebench_kernels.ragged_gemm import TILES, builds, heaviest_first, ragged_config
+from moebench_kernels import Plan, ragged_gemm, ragged_gemm_torch, routing_plan, routing_plan_torch, runtime
+from moebench_kernels.ragged_gemm import builds, heaviest_first
+from moebench_kernels.ragged_tiles import (
+    RAGGED_KINDS,
+    TILES,
+    RaggedConfig,
+    ragged_candidates,
+    ragged_config,
+    ragged_shared_bytes,
+)
+from moebench_kernels.tiles import SHARED_KB
+from moebench_kernels.tuned_tiles import load_tuned, pick_ragged_config, use_tuned
 
 HALF, WIDE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 # T, E, K, M, N, dropped, dtype, gathered operand. The interpreter's tile is 32 x 64 of dW, 16 rows at a time.
@@ -117,12 +130,55 @@ def test_any_skew_is_spread_to_within_one_tile() -> None:
 
 def test_configs_never_exceed_the_matrix() -> None:
     for family in TILES:
-        for gather_right in (False, True):
-            c = ragged_config(17, 3000, HALF, family, gather_right=gather_right)
+        for kind in RAGGED_KINDS:
+            c = ragged_config(kind, 17, 3000, HALF, family)
             assert (c.block_m, c.num_warps) == (32, 4)
-            big = ragged_config(4096, 4096, HALF, family, gather_right=gather_right)
+            big = ragged_config(kind, 4096, 4096, HALF, family)
             assert replace(big, block_m=0, block_n=0) == replace(TILES[family], block_m=0, block_n=0)
-            assert (big.block_m >= big.block_n) if gather_right else (big.block_m <= big.block_n)
+            mirrored = kind in ("dw_gather_right", "dw_gather_both")
+            assert (big.block_m >= big.block_n) if mirrored else (big.block_m <= big.block_n)
+
+
+def test_candidates_start_with_the_shipped_tile_and_fit() -> None:
+    for family in TILES:
+        for kind in RAGGED_KINDS:
+            found = ragged_candidates(kind, 1536, 2048, HALF, family)
+            assert found[0] == ragged_config(kind, 1536, 2048, HALF, family)
+            assert len(found) == len(set(found)) > 10
+            for c in found[1:]:
+                assert ragged_shared_bytes(c, 2, family) * c.per_unit <= SHARED_KB[family] * 1024
+        assert {c.block_m for c in ragged_candidates("dw", 40, 2048, HALF, family)} == {64}, "none wider than the dW"
+
+
+def test_a_tuned_file_gives_the_tile_of_its_load(tmp_path: Path) -> None:
+    tile = {"block_m": 32, "block_n": 64, "block_r": 32, "num_warps": 4, "num_stages": 2}
+    entry = {"kind": "dw_gather_right", "dtype": "float16", "block_m": 64, "n": 128, "k": 96, "config": tile}
+    file = {
+        "schema": 1, "device": "cpu", "device_family": "interpreter", "triton": runtime.triton.__version__,
+        "entries": [entry],
+    }  # fmt: skip
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps(file))
+    tuned = load_tuned(path)
+    shipped = ragged_config("dw_gather_right", 96, 128, HALF, "interpreter")
+    pick = partial(ragged_config, M=96, N=128, dtype=HALF, family="interpreter", tuned=tuned)
+    assert pick("dw_gather_right", load=64) == RaggedConfig(**tile)
+    assert pick("dw_gather_right", load=128) == shipped
+    assert pick("dw", load=64) == ragged_config("dw", 96, 128, HALF, "interpreter")
+    for wrong, says in (
+        ({"block_r": 24}, "power of two"),
+        ({"per_unit": 9}, "per_unit is 9"),
+        ({"swap": True}, "swap"),
+    ):
+        path.write_text(json.dumps(file | {"entries": [entry | {"config": tile | wrong}]}))
+        with pytest.raises(ValueError, match=says):
+            load_tuned(path)
+    use_tuned(tuned)
+    try:
+        assert pick_ragged_config("dw_gather_right", 64, 96, 128, HALF, torch.device("cpu")) == RaggedConfig(**tile)
+    finally:
+        use_tuned(None)
+    assert pick_ragged_config("dw_gather_right", 64, 96, 128, HALF, torch.device("cpu")) == shipped
 
 
 def test_operator(device: torch.device) -> None:

@@ -174,7 +174,7 @@ BAD = {
     "a negative size": ({"entries": [entry(n=-1)]}, "n and k are positive integers"),
     "a true size": ({"entries": [entry(n=True)]}, "n and k are positive integers"),
     "a huge tile": ({"entries": [entry(block_n=1 << 20)]}, "block_n is 1048576"),
-    "an odd tile": ({"entries": [entry(block_n=48)]}, "powers of two"),
+    "an odd tile": ({"entries": [entry(block_n=48)]}, "power of two"),
     "a text": ({"entries": [entry(num_warps="8")]}, "num_warps is '8'"),
     "a number for a flag": ({"entries": [entry(swap=1)]}, "swap is 1"),
 }
