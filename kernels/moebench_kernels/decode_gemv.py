@@ -99,7 +99,8 @@ def _gemv_down_kernel(
     D, F, E, TOP_K: tl.constexpr, STAGES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) % T).to(tl.int64)
-    d = tl.program_id(0) // T * BLOCK_D + tl.arange(0, BLOCK_D)
+    first = tl.program_id(0) // T * BLOCK_D
+    d = first + tl.arange(0, BLOCK_D)
     steps = tl.cdiv(F, BLOCK_F)
     total = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
     biases = tl.zeros([BLOCK_D], tl.float32)
@@ -111,12 +112,13 @@ def _gemv_down_kernel(
         expert = tl.where(kept, expert, 0).to(tl.int64)
         weight = tl.load(weights_ptr + t * weight_stride_t + k * weight_stride_k, mask=kept, other=0.0)
         h = tl.load(h_ptr + (t * TOP_K + k) * F + f, mask=kept & (f < F), other=0.0).to(tl.float32) * weight
-        row = expert * D + d
+        row = expert * D + first
         inside = (kept & (d < D))[:, None] & (f < F)[None, :]
-        total += tl.load(w_ptr + row[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32) * h[None, :]
+        at = w_ptr + row * F + (tl.arange(0, BLOCK_D).to(tl.int64)[:, None] * F + f[None, :])
+        total += tl.load(at, mask=inside, other=0.0).to(tl.float32) * h[None, :]
         if bias_ptr is not None:
             mask = kept & (d < D) & (step % steps == 0)
-            biases += weight * tl.load(bias_ptr + row, mask=mask, other=0.0).to(tl.float32)
+            biases += weight * tl.load(bias_ptr + expert * D + d, mask=mask, other=0.0).to(tl.float32)
     y = tl.sum(total, axis=1) + biases
     tl.store(y_ptr + t * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 

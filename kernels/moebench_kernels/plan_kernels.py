@@ -1,7 +1,8 @@
 """Plan kernels: a stable counting sort of the assignments by expert, in one launch or in three.
 
-Small (at most 1024 assignments and experts): one launch, whose programs share nothing. Each row program counts for its
-own few assignments the rows before them, over all assignments; one program more makes the maps of the experts.
+Small (at most 1024 assignments, fewer than 1024 experts): one launch, whose programs share nothing. Each row
+program counts for its own few assignments the rows before them, over all assignments; one program more makes the maps
+of the experts.
 
 Large: assignments are taken in chunks.
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from moebench_kernels.build import Build, signature
 from moebench_kernels.runtime import cdiv, jit, next_power_of_2, on_device, tl
 
-MAX_ASSIGNMENTS = 2**31 - 1024  # exclusive; beyond, the last program's positions would wrap in 32 bits
+MAX_ASSIGNMENTS = 2**31 - 2048  # exclusive; beyond, the last block's positions would wrap in 32 bits
 SMALL = 1024
 
 
@@ -38,8 +39,8 @@ class SmallConfig:
 
 
 def small_config(n: int) -> SmallConfig:
-    """Two kernels, so that a server compiles little; 256 compares a thread in the larger."""
-    return SmallConfig(block_n=128 if n <= 128 else SMALL)
+    """Two kernels, so that a server compiles little. The larger spills with four warps on triton 3.6."""
+    return SmallConfig(block_n=128) if n <= 128 else SmallConfig(num_warps=8)
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,8 @@ class Outputs:
 
 def launch_plan(ids: Tensor, out: Outputs, block_m: int, capacity: int | None, by_priority: bool) -> None:
     """Fill `out` for contiguous `ids`, unchecked."""
-    launch = _launch_small if ids.numel() <= SMALL and out.counts.numel() <= SMALL else _launch_large
+    # E + 1 groups must stand in a tile of SMALL.
+    launch = _launch_small if ids.numel() <= SMALL and out.counts.numel() < SMALL else _launch_large
     with on_device(ids):
         launch(ids, out, block_m, capacity, by_priority)
 
@@ -321,7 +323,7 @@ def _build(name: str, kernel: Any, constants: dict[str, Any], num_warps: int) ->
 def builds() -> list[Build]:
     """Each kernel by mode where modes differ; the small one at three sizes, the others for E = 64, 256 and 4096."""
     found = []
-    for n, E in ((1024, 256), (128, 64), (1024, 1024)):
+    for n, E in ((1024, 256), (128, 64), (1024, 1023)):
         c = small_config(n)
         tile = {"BLOCK_A": c.block_a, "BLOCK_N": c.block_n, "BLOCK_E": next_power_of_2(E + 1)}
         for mode, (capped, by_priority) in MODES.items():
