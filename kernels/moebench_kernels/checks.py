@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moebench_kernels.runtime import interpreting, triton_available
 
@@ -32,16 +33,20 @@ def check_tensor(
     if tensor.dtype not in dtypes:
         allowed = ", ".join(_short(dtype) for dtype in dtypes)
         raise TypeError(f"{name} is {_short(tensor.dtype)}; allowed: {allowed}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} is sparse or nested; a dense tensor is needed")
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise TypeError(f"{name} carries a forward-mode tangent; the kernels have reverse mode only")
     found = list(tensor.shape)
     fits = len(found) == len(shape) and all(_fits(size, want) for size, want in zip(found, shape, strict=True))
     if not fits:
-        raise ValueError(f"{name} has shape {found}; needed: [{', '.join(map(str, shape))}]")
+        raise ValueError(f"{name} has shape {found}; needed: [{', '.join([f'{size}' for size in shape])}]")
     if not strided and not tensor.is_contiguous():
         raise ValueError(f"{name} has strides {tuple(tensor.stride())}; it must be contiguous (call .contiguous())")
 
 
 def _fits(size: int, want: int | str) -> bool:
-    return size == want if isinstance(want, int) else size >= 1 or want == "T"
+    return size == want if isinstance(want, (int, torch.SymInt)) else size >= 1 or want == "T"
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -71,9 +76,34 @@ def check_launch(**tensors: Tensor) -> None:
         )
 
 
+def check_int(name: str, value: Any, *, needed: str = "an int") -> None:
+    """Raise TypeError unless `value` is an int (a symbolic one under torch.compile), and no bool."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}; {needed} is needed")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}; a bool is needed")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raise unless `value` is a plain number that float32 can hold.
+
+    Raises:
+        TypeError: not a number; a tensor is none, as its gradient would be lost.
+        ValueError: NaN, infinite or past float32's range.
+    """
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}; a number is needed")
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} is {value}; it must be finite in float32")
+
+
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moebench_kernels.build import Build, signature
 from moebench_kernels.checks import FLOATS, check_launch, check_tensor
-from moebench_kernels.plan import Plan
+from moebench_kernels.plan import Plan, check_plan
 from moebench_kernels.runtime import cdiv, jit, next_power_of_2, on_device, tl
 
 
@@ -121,7 +121,7 @@ def _combine_backward_kernel(
                 row = load_row(token2row_ptr, token, first + i, T, TOP_K)
                 kept = (row >= 0)[:, None] & (col < D)[None, :]
                 value = tl.load(rows_ptr + row[:, None] * D + col[None, :], mask=kept, other=0.0).to(tl.float32)
-                share = tl.sum(dy * value, axis=1)
+                share = tl.where(row >= 0, tl.sum(dy * value, axis=1), 0.0)  # an infinite dy times 0 would be NaN
                 d_weight += tl.where(place[None, :] == first + i, share[:, None], 0.0)
             for i in tl.static_range(UNROLL):
                 row = load_row(token2row_ptr, token, first + i, T, TOP_K)
@@ -217,6 +217,7 @@ def combine(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
 
     Source: Shazeer 2017, arXiv 1701.06538, eq. 1.
     """
+    check_plan(plan)
     check_tensor("rows", rows, (plan.n_rows, "D"), FLOATS)
     check_tensor("weights", weights, tuple(plan.token2row.shape), (torch.float32,), strided=True)
     check_one_device(rows=rows, weights=weights, plan=plan.counts)

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from moebench_kernels.build import Build, signature
-from moebench_kernels.checks import FLOATS, check_choice, check_launch, check_tensor
+from moebench_kernels.checks import (
+    FLOATS,
+    check_bool,
+    check_choice,
+    check_finite,
+    check_int,
+    check_launch,
+    check_tensor,
+)
 from moebench_kernels.gate_backward import topk_gate_backward
 from moebench_kernels.gate_scores import SCORINGS, TINY, bounded, bounded_torch, pointwise_score, scores_torch
 from moebench_kernels.gate_select import choose, kept_groups, ordered, ordered_half
@@ -48,7 +56,7 @@ def topk_gate_torch(
 ) -> tuple[Tensor, Tensor]:
     """Reference of `topk_gate`; runs on any device. In float64 it computes and returns float64 weights."""
     _check_tensors(logits, bias, (*FLOATS, torch.float64), (*FLOATS, torch.float64), strided=True)
-    _check_options(logits.shape[1], top_k, scoring, order, n_groups, topk_groups, group_score)
+    _check_options(logits.shape[1], top_k, scoring, order, renormalise, n_groups, topk_groups, group_score, scale)
     z = bounded_torch(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     scores = scores_torch(z, scoring)
     score_first = order == "score_first"
@@ -278,7 +286,7 @@ def topk_gate(
         eq. 12-16 (sigmoid, bias) with "top2_sum" as in its released code; sqrt_softplus: DeepSeek-V4's configuration.
     """
     _check_tensors(logits, bias, FLOATS, (torch.float32,))
-    _check_options(logits.shape[1], top_k, scoring, order, n_groups, topk_groups, group_score)
+    _check_options(logits.shape[1], top_k, scoring, order, renormalise, n_groups, topk_groups, group_score, scale)
     bias = None if bias is None else bias.detach()
     return _topk_gate(
         logits, bias, top_k, scoring, order, renormalise, n_groups, topk_groups, group_score, float(scale)
@@ -297,14 +305,16 @@ def _check_tensors(
 
 
 def _check_options(
-    E: int, top_k: int, scoring: str, order: str, n_groups: int, topk_groups: int, group_score: str
-) -> None:
+    E: int, top_k: int, scoring: str, order: str, renormalise: bool, n_groups: int, topk_groups: int,
+    group_score: str, scale: float,
+) -> None:  # fmt: skip
     check_choice("scoring", scoring, SCORINGS)
     check_choice("order", order, ORDERS)
     check_choice("group_score", group_score, GROUP_SCORES)
+    check_bool("renormalise", renormalise)
+    check_finite("scale", scale)
     for name, value in (("top_k", top_k), ("n_groups", n_groups), ("topk_groups", topk_groups)):
-        if not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{name} is a {type(value).__name__}; an int is needed")
+        check_int(name, value)
     if E > MAX_EXPERTS:
         raise ValueError(f"logits has {E} experts; at most {MAX_EXPERTS} are supported")
     if n_groups < 1 or E % n_groups:

@@ -29,7 +29,7 @@ from moebench_kernels.bias_gradient import bias_gradient
 from moebench_kernels.build import Build, signature
 from moebench_kernels.checks import FLOATS, check_launch, check_same_dtype, check_tensor
 from moebench_kernels.dot import dot
-from moebench_kernels.plan import Plan
+from moebench_kernels.plan import Plan, check_plan
 from moebench_kernels.ragged_gemm import launch_ragged_gemm
 from moebench_kernels.runtime import cdiv, interpreting, jit, on_device, tl
 from moebench_kernels.tiles import BLOCK_MS, SHIPPED, GemmConfig, gemm_kind, processors, shipped_config
@@ -321,6 +321,7 @@ def grouped_gemm(
 
     Source: MegaBlocks, arXiv 2211.15841, section 4 (grouped GEMM over ragged experts).
     """
+    check_plan(plan)
     check_tensor(
         "weights", weights, (plan.n_experts, "D_in" if transpose else "D_out", "D_out" if transpose else "D_in"), FLOATS
     )

@@ -29,7 +29,7 @@ from moebench_kernels.combine import combine_torch, launch_gather_sum
 from moebench_kernels.decode import MAX_TOKENS, decode_layer
 from moebench_kernels.decode_gemm import MAX_ASSIGNMENTS
 from moebench_kernels.grouped_gemm import check_bias, grouped_gemm_torch, launch_grouped_gemm
-from moebench_kernels.plan import Plan, routing_plan, routing_plan_torch
+from moebench_kernels.plan import Plan, check_plan_of, routing_plan, routing_plan_torch
 from moebench_kernels.projections import check_gate_up, up_projection_torch
 from moebench_kernels.quantise import QuantisedWeights
 from moebench_kernels.quantised_layer import quantised_moe_layer
@@ -246,8 +246,4 @@ def _check(
 def _check_plan(plan: Plan, ids: Tensor, n_experts: int, options: dict[str, Any]) -> None:
     if options:
         raise ValueError(f"{' and '.join(options)} given beside a plan; give them to routing_plan")
-    if plan.token2row.shape != ids.shape or plan.n_experts != n_experts:
-        raise ValueError(
-            f"the plan is of ids {list(plan.token2row.shape)} and {plan.n_experts} experts; "
-            f"ids has shape {list(ids.shape)}, and there are {n_experts} experts"
-        )
+    check_plan_of(plan, ids, n_experts)

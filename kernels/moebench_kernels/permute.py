@@ -27,7 +27,7 @@ from moebench_kernels.combine import (
     copy_config,
     load_row,
 )
-from moebench_kernels.plan import Plan
+from moebench_kernels.plan import Plan, check_plan
 from moebench_kernels.runtime import cdiv, jit, on_device, tl
 
 
@@ -110,6 +110,7 @@ def permute(x: Tensor, plan: Plan) -> Tensor:
 
     Source: MegaBlocks, arXiv 2211.15841, section 5.4 (padded gather), here without padding.
     """
+    check_plan(plan)
     check_tensor("x", x, (plan.n_tokens, "D"), FLOATS)
     check_one_device(x=x, plan=plan.counts)
     return _permute(x, plan.token2row, plan.offsets)

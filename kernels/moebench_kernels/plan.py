@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from moebench_kernels.capacity import launch_select, within_capacity_torch
-from moebench_kernels.checks import INTEGERS, check_launch, check_tensor
+from moebench_kernels.checks import INTEGERS, check_int, check_launch, check_tensor
 from moebench_kernels.plan_kernels import MAX_ASSIGNMENTS, Outputs, launch_plan
 from moebench_kernels.tiles import tile_rows
+
+MAX_EXPERTS = 2**20
 
 
 class Plan(NamedTuple):
@@ -85,6 +87,23 @@ class Plan(NamedTuple):
         row = torch.arange(self.n_rows, dtype=torch.int32, device=self.offsets.device)
         expert = torch.searchsorted(self.offsets[1:], row, right=True, out_int32=True)
         return expert.masked_fill(self.row2assignment < 0, -1)
+
+
+def check_plan(plan: object) -> None:
+    """Raise TypeError unless it is a Plan."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan is a {type(plan).__name__}; a Plan is needed (see routing_plan)")
+
+
+def check_plan_of(plan: object, ids: Tensor, n_experts: int) -> None:
+    """Raise unless it is a Plan that may be of these ids; whether it is, only the device knows."""
+    check_plan(plan)
+    assert isinstance(plan, Plan)
+    if plan.token2row.shape != ids.shape or plan.n_experts != n_experts:
+        raise ValueError(
+            f"the plan is of ids {list(plan.token2row.shape)} and {plan.n_experts} experts; "
+            f"ids has shape {list(ids.shape)}, and there are {n_experts} experts"
+        )
 
 
 def routing_plan_torch(
@@ -171,8 +190,8 @@ def routing_plan(ids: Tensor, n_experts: int, *, capacity: int | None = None, pr
 
     Args:
         ids: int32 or int64 [T, K]; -1, and any id outside 0..E-1, is a dropped assignment. T may be 0;
-            T*K < 2**31 - 1024. Any strides. An expert may stand twice in a row.
-        n_experts: E >= 1.
+            T*K < 2**31 - 2048. Any strides. An expert may stand twice in a row.
+        n_experts: E, 1 to 2**20.
         capacity: C >= 0, the most assignments an expert keeps; None: all.
         priority: float32 [T, K], any strides: those of highest priority stay, of equals the first; NaN is lowest.
             None: the first C stay, in the order t*K + k. The rows of an expert are in that order either way.
@@ -190,7 +209,7 @@ def routing_plan(ids: Tensor, n_experts: int, *, capacity: int | None = None, pr
     _check_options(ids, n_experts, capacity, priority)
     n = ids.numel()
     if n >= MAX_ASSIGNMENTS:
-        raise ValueError(f"ids has {n} assignments; fewer than {MAX_ASSIGNMENTS} (2**31 - 1024) are supported")
+        raise ValueError(f"ids has {n} assignments; fewer than {MAX_ASSIGNMENTS} (2**31 - 2048) are supported")
     block_m = _block_m(n, n_experts, capacity)
     if capacity is not None and capacity >= n:
         capacity = None  # drops nothing
@@ -198,14 +217,15 @@ def routing_plan(ids: Tensor, n_experts: int, *, capacity: int | None = None, pr
 
 
 def _check_options(ids: Tensor, n_experts: int, capacity: int | None, priority: Tensor | None) -> None:
-    if n_experts < 1:
-        raise ValueError(f"n_experts is {n_experts}; it must be at least 1")
+    check_int("n_experts", n_experts)
+    if not 1 <= n_experts <= MAX_EXPERTS:
+        raise ValueError(f"n_experts is {n_experts}; it must be between 1 and {MAX_EXPERTS}")
     if capacity is None and priority is not None:
         raise ValueError("priority is given without a capacity; it decides which assignments a full expert drops")
-    if capacity is not None and (not isinstance(capacity, int) or isinstance(capacity, bool)):
-        raise TypeError(f"capacity is a {type(capacity).__name__}; an int or None is needed")
-    if capacity is not None and capacity < 0:
-        raise ValueError(f"capacity is {capacity}; it must be at least 0")
+    if capacity is not None:
+        check_int("capacity", capacity, needed="an int or None")
+        if capacity < 0:
+            raise ValueError(f"capacity is {capacity}; it must be at least 0")
     if priority is not None:
         check_tensor("priority", priority, tuple(ids.shape), (torch.float32,), strided=True)
         if priority.device != ids.device:

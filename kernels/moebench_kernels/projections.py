@@ -20,7 +20,7 @@ from moebench_kernels.checks import FLOATS, check_choice, check_launch, check_sa
 from moebench_kernels.combine import launch_gather_sum
 from moebench_kernels.grouped_gemm import check_bias, grouped_gemm, grouped_gemm_torch, launch_grouped_gemm
 from moebench_kernels.permute import permute_torch
-from moebench_kernels.plan import Plan
+from moebench_kernels.plan import Plan, check_plan
 from moebench_kernels.ragged_gemm import launch_ragged_gemm
 
 
@@ -149,6 +149,7 @@ def up_projection(
     Source: SwiGLU and GeGLU: Shazeer 2020, arXiv 2002.05202, eq. 6; clamped: OpenAI, gpt-oss model card, 2025.
     """
     check_choice("activation", activation, ACTIVATIONS)
+    check_plan(plan)
     check_tensor("x", x, (plan.n_rows if permuted else plan.n_tokens, "D"), FLOATS)
     check_gate_up(w_gate_up, plan.n_experts, x.shape[1], activation)
     check_same_dtype(x=x, w_gate_up=w_gate_up)
@@ -183,6 +184,7 @@ def down_projection(hidden: Tensor, w_down: Tensor, plan: Plan, *, bias: Tensor 
     Raises:
         TypeError, ValueError: before any launch.
     """
+    check_plan(plan)
     check_tensor("hidden", hidden, (plan.n_rows, "F"), FLOATS)
     check_tensor("w_down", w_down, (plan.n_experts, "D", hidden.shape[1]), FLOATS)
     return grouped_gemm(hidden, w_down, plan, bias=bias)

@@ -17,7 +17,7 @@ from moebench_kernels.build import TARGETS, Build, signature
 from moebench_kernels.checks import FLOATS, check_choice, check_launch, check_no_gradient, check_tensor
 from moebench_kernels.grouped_gemm import grouped_gemm_torch
 from moebench_kernels.permute import permute_torch
-from moebench_kernels.plan import Plan
+from moebench_kernels.plan import Plan, check_plan
 from moebench_kernels.quantise import (
     BLOCK,
     FP8,
@@ -159,6 +159,7 @@ def quantised_gemm(
         check_choice("activation", activation, ACTIVATIONS)
     if dtype not in FLOATS:
         raise TypeError(f"dtype is {dtype}; allowed: float32, float16, bfloat16")
+    check_plan(plan)
     _check_operands(rows, row_scales, weights, plan.n_tokens if gather else plan.n_rows)
     check_no_gradient(rows=rows)
     check_quantised("weights", weights, plan.n_experts, "mN", rows.shape[1])

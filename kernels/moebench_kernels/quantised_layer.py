@@ -20,7 +20,7 @@ from torch import Tensor
 from moebench_kernels.activation import ACTIVATIONS, input_maps
 from moebench_kernels.checks import FLOATS, INTEGERS, check_choice, check_launch, check_no_gradient, check_tensor
 from moebench_kernels.combine import combine, combine_torch
-from moebench_kernels.plan import Plan, routing_plan, routing_plan_torch
+from moebench_kernels.plan import Plan, check_plan_of, routing_plan, routing_plan_torch
 from moebench_kernels.quantise import (
     QuantisedWeights,
     check_quantised,
@@ -121,7 +121,9 @@ def quantised_moe_layer(
     check_tensor("weights", weights, tuple(ids.shape), (torch.float32,), strided=True)
     _check_weights(x, w_gate_up, w_down, D, activation)
     check_no_gradient(x=x, weights=weights)
-    plan = routing_plan(ids, w_gate_up.shape[0]) if plan is None else plan
+    if plan is None:
+        plan = routing_plan(ids, w_gate_up.shape[0])
+    check_plan_of(plan, ids, w_gate_up.shape[0])
     return _layer(
         x, weights.contiguous(), w_gate_up.values, w_gate_up.scales, w_down.values, w_down.scales,
         plan.counts, plan.offsets, plan.row2assignment, plan.token2row, plan.tile_offsets, plan.tile2expert,

@@ -175,6 +175,8 @@ def test_options_that_are_refused(device: torch.device) -> None:
         ({"n_groups": 8, "topk_groups": 8, "group_score": "top2_sum"}, "needs two experts a group"),
         ({"logits": torch.zeros(4, 8, 2)}, r"logits has shape \[4, 8, 2\]; needed: \[T, E\]"),
         ({"logits": torch.zeros(4, 5000)}, "at most 4096"),
+        ({"scale": float("inf")}, "scale is inf; it must be finite in float32"),
+        ({"scale": 1e39}, "scale is 1e\\+39; it must be finite"),
         ({"bias": torch.zeros(7, device=device)}, r"bias has shape \[7\]; needed: \[8\]"),
         ({"bias": torch.zeros(8, device="meta")}, "one device is needed for all, found: logits on .*, bias on meta"),
     ):
@@ -198,8 +200,23 @@ def test_types_that_are_refused(device: torch.device) -> None:
             function([[0.0] * 8], 2)
         with pytest.raises(TypeError, match=r"bias is a list"):
             function(zeros, 2, bias=[0.0] * 8)
-        with pytest.raises(TypeError, match="n_groups is a float; an int is needed"):
-            function(zeros, 2, n_groups=2.0)
+        for change, message in (
+            ({"n_groups": 2.0}, "n_groups is a float; an int is needed"),
+            ({"n_groups": True}, "n_groups is a bool; an int is needed"),
+            ({"renormalise": "no"}, "renormalise is a str; a bool is needed"),
+            ({"scale": torch.tensor(2.0, requires_grad=True)}, "scale is a Tensor; a number is needed"),
+            ({"scale": None}, "scale is a NoneType; a number is needed"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                function(zeros, 2, **change)
+    with pytest.raises(TypeError, match="logits is sparse or nested; a dense tensor is needed"):
+        topk_gate(zeros.to_sparse(), 2)
+
+
+def test_forward_mode_is_refused_rather_than_zero(device: torch.device) -> None:
+    zeros = torch.zeros(4, 8, device=device)
+    with pytest.raises(TypeError, match="logits carries a forward-mode tangent"):
+        torch.func.jvp(lambda z: topk_gate(z, 2)[1], (zeros,), (zeros + 1,))
 
 
 def test_the_reference_takes_any_strides() -> None:

@@ -16,7 +16,20 @@ from kernel_plan_loops import ids_of, priorities
 from torch import Tensor
 
 import moebench_kernels
-from moebench_kernels import combine, combine_torch, permute, permute_torch, routing_plan, routing_plan_torch
+from moebench_kernels import (
+    combine,
+    combine_torch,
+    down_projection,
+    grouped_gemm,
+    permute,
+    permute_torch,
+    quantise_weights,
+    quantised_gemm,
+    ragged_gemm,
+    routing_plan,
+    routing_plan_torch,
+    up_projection,
+)
 from moebench_kernels.combine import launch_gather_sum
 
 OPS = torch.ops.moebench
@@ -179,6 +192,33 @@ def test_compiled_whole(device: torch.device) -> None:
         compiled(ids, *traced).square().sum().backward()
         for mine, other in zip(plain, traced, strict=True):
             assert torch.equal(mine.grad, other.grad)
+
+
+def test_what_is_dropped_stays_zero_whatever_comes_back(device: torch.device) -> None:
+    plan = routing_plan(torch.tensor([[0, -1], [1, 0]], device=device), 2)
+    weights = torch.ones(2, 2, device=device, requires_grad=True)
+    y = combine(torch.ones(4, 3, device=device), weights, plan)
+    for poison in (float("inf"), float("nan")):
+        (gradient,) = torch.autograd.grad(y, weights, torch.full_like(y, poison), retain_graph=True)
+        assert gradient[0, 1] == 0
+        assert not torch.isfinite(gradient[0, 0])
+
+
+@pytest.mark.parametrize("plan", [None, (), "plan"])
+def test_a_plan_is_needed(plan: object) -> None:
+    x, w = torch.zeros(2, 4), torch.zeros(2, 4, 4)
+    quantised = quantise_weights(w, "int8")
+    for call in (
+        lambda: permute(x, plan),
+        lambda: combine(x, x, plan),
+        lambda: grouped_gemm(x, w, plan),
+        lambda: ragged_gemm(x, x, plan),
+        lambda: up_projection(x, w, plan),
+        lambda: down_projection(x, w, plan),
+        lambda: quantised_gemm(x.to(torch.int8), torch.ones(2), quantised, plan, dtype=torch.float32),
+    ):
+        with pytest.raises(TypeError, match=r"plan is a \w+; a Plan is needed \(see routing_plan\)"):
+            call()
 
 
 def test_they_refuse(device: torch.device) -> None:

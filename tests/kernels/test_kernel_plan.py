@@ -9,8 +9,10 @@ import torch
 from kernel_loops import cheap_cover, random_ids
 from kernel_plan_loops import ALL, assert_is_plan, assert_same, ids_of, kept_by_expert, priorities
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from moebench_kernels import plan_kernels, routing_plan, routing_plan_torch
+from moebench_kernels import permute, plan_kernels, routing_plan, routing_plan_torch
 from moebench_kernels.plan import Plan
 from moebench_kernels.plan_kernels import LargeConfig
 from moebench_kernels.runtime import interpreting
@@ -159,14 +161,34 @@ def test_operator(T: int, capacity: int | None, device: torch.device) -> None:
         (torch.zeros(4, dtype=torch.int64), 8, ValueError, r"ids has shape \[4\]; needed: \[T, K\]"),
         (torch.zeros(4, 0, dtype=torch.int64), 8, ValueError, r"ids has shape \[4, 0\]"),
         (torch.zeros(4, 2, dtype=torch.int64), 0, ValueError, "n_experts is 0"),
+        (torch.zeros(4, 2, dtype=torch.int64), 2**20 + 1, ValueError, "n_experts is 1048577; it must be between 1 and"),
+        (torch.zeros(4, 2, dtype=torch.int64), 8.0, TypeError, "n_experts is a float; an int is needed"),
+        (torch.zeros(4, 2, dtype=torch.int64), True, TypeError, "n_experts is a bool"),
+        (torch.zeros(4, 2, dtype=torch.int64).to_sparse(), 8, TypeError, "ids is sparse or nested"),
         ([[0, 1]], 8, TypeError, r"ids is a list; a torch.Tensor is needed"),
         (torch.zeros(1, 1).int().expand(2**30, 2), 8, ValueError, "ids has 2147483648 assignments; fewer than"),
-        (torch.zeros(1, 1).int().expand(2**31 - 1024, 1), 8, ValueError, "ids has 2147482624 assignments; fewer than"),
+        (torch.zeros(1, 1).int().expand(2**31 - 2048, 1), 8, ValueError, "ids has 2147481600 assignments; fewer than"),
     ],
 )
 def test_plan_refuses(ids: Tensor, E: int, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         routing_plan(ids, E)
+
+
+def test_a_plan_of_any_number_of_tokens_compiles_few_times(device: torch.device) -> None:
+    """The rows of a tile are one of four; nothing else may tie a graph to the number of tokens it was traced with."""
+    graphs = CompileCounter()
+    compiled = torch.compile(lambda ids: routing_plan(ids, 8).counts, fullgraph=True, dynamic=True, backend=graphs)
+    for T in range(4, 160, 4):
+        ids = random_ids(T, 8, 2).to(device)
+        assert torch.equal(compiled(ids), routing_plan(ids, 8).counts)
+    assert graphs.frame_count <= 6
+
+
+def test_symbolic_sizes_are_compared() -> None:
+    traced = make_fx(lambda x, ids: permute(x, routing_plan(ids, 8)), tracing_mode="symbolic")
+    with pytest.raises(ValueError, match="x has shape"):
+        traced(torch.randn(3, 6), torch.zeros(6, 2, dtype=torch.int64))
 
 
 @pytest.mark.gpu
