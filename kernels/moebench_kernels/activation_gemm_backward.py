@@ -15,13 +15,13 @@ Rows from offsets[E] on are neither read nor written.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moebench_kernels.activation import GATED, act, act_slope, activate_torch, up_factor, up_slope
 from moebench_kernels.build import Build, signature
+from moebench_kernels.descriptors import operand
 from moebench_kernels.dot import dot
 from moebench_kernels.grouped_gemm import grouped_gemm_torch, locate_tile
 from moebench_kernels.plan import Plan
@@ -215,7 +215,7 @@ def launch_activation_gemm_backward(
     column_tiles = cdiv(F, c.block_n)
     partial = weights.new_zeros(column_tiles if need_d_weights else 0, *weights.shape)
     if plan.n_rows:
-        w_in, w_tma = _weights_operand(w_down, family, c)
+        w_in, w_tma = operand(w_down, [E, D, F], [1, c.block_k, c.block_n], family in TMA_FAMILIES)
         with on_device(dy):
             _activation_gemm_backward_kernel[(min(plan.n_row_tiles * column_tiles, processors(dy.device)),)](
                 dy, w_in, z, weights, dz, wa, partial,
@@ -227,16 +227,6 @@ def launch_activation_gemm_backward(
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
     return dz, wa, partial.sum(0) if need_d_weights else weights.new_empty(0)
-
-
-def _weights_operand(w_down: Tensor, family: str, c: BackwardConfig) -> tuple[Any, bool]:
-    """What the kernel takes, and whether that is a TMA descriptor: where rows are aligned to 16 bytes."""
-    aligned = w_down.data_ptr() % 16 == 0 and w_down.stride(1) * w_down.element_size() % 16 == 0
-    if not aligned or family not in TMA_FAMILIES:
-        return w_down, False
-    from triton.tools.tensor_descriptor import TensorDescriptor  # here: the file imports without triton
-
-    return TensorDescriptor.from_tensor(w_down, [1, c.block_k, c.block_n]), True
 
 
 def builds() -> list[Build]:

@@ -60,11 +60,21 @@ def check_same_dtype(**tensors: Tensor) -> None:
         raise TypeError(f"one dtype is needed for all, found: {found}")
 
 
+def check_one_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all are on one device; None has none.
+
+    Before an operator is called: with one tensor on the meta device its fake would run instead of it, and give the
+    memory as it came.
+    """
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if len({tensor.device for tensor in given.values()}) > 1:
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in given.items())
+        raise ValueError(f"one device is needed for all, found: {found}")
+
+
 def check_launch(**tensors: Tensor) -> None:
     """Raise ValueError unless all tensors are on one device on which the kernels can run."""
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"one device is needed for all, found: {found}")
+    check_one_device(**tensors)
     available, reason = triton_available()
     name, tensor = next(iter(tensors.items()))
     if not available:

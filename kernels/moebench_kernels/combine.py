@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moebench_kernels.build import Build, signature
-from moebench_kernels.checks import FLOATS, check_launch, check_tensor
+from moebench_kernels.checks import FLOATS, check_launch, check_one_device, check_tensor
 from moebench_kernels.plan import Plan, check_plan
 from moebench_kernels.runtime import cdiv, jit, next_power_of_2, on_device, tl
 
@@ -222,13 +222,6 @@ def combine(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     check_tensor("weights", weights, tuple(plan.token2row.shape), (torch.float32,), strided=True)
     check_one_device(rows=rows, weights=weights, plan=plan.counts)
     return _gather_sum(rows, weights.contiguous(), plan.token2row, plan.offsets)
-
-
-def check_one_device(**tensors: Tensor) -> None:
-    """Raise ValueError unless all are on one device; before the operator, which on a meta tensor would not run."""
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"one device is needed for all, found: {found}")
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

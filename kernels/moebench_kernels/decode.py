@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from moebench_kernels.activation import ACTIVATIONS, activate_torch, input_maps
-from moebench_kernels.checks import FLOATS, INTEGERS, check_choice, check_launch, check_same_dtype, check_tensor
+from moebench_kernels.checks import (
+    FLOATS,
+    INTEGERS,
+    check_choice,
+    check_launch,
+    check_one_device,
+    check_same_dtype,
+    check_tensor,
+)
 from moebench_kernels.decode_gemm import MAX_ASSIGNMENTS, launch_swap_ab
 from moebench_kernels.decode_gemv import launch_gemv
 
@@ -147,6 +155,9 @@ def decode_layer(
         if bias is not None:
             check_tensor(name, bias, (E, width), (torch.float32, x.dtype))
     tensors = (x, weights, w_gate_up, w_down, b_gate_up, b_down)
+    check_one_device(
+        x=x, ids=ids, weights=weights, w_gate_up=w_gate_up, w_down=w_down, b_gate_up=b_gate_up, b_down=b_down
+    )
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise ValueError("decode_layer has no backward; call it under torch.no_grad(), or moe_layer for gradients")
     return _decode_layer(x, ids, weights, w_gate_up, w_down, b_gate_up, b_down, activation, form or "auto")

@@ -28,6 +28,7 @@ from moebench_kernels.checks import (
     check_finite,
     check_int,
     check_launch,
+    check_one_device,
     check_tensor,
 )
 from moebench_kernels.gate_backward import topk_gate_backward
@@ -300,8 +301,7 @@ def _check_tensors(
     check_tensor("logits", logits, ("T", "E"), floats, strided=strided)
     if bias is not None:
         check_tensor("bias", bias, (logits.shape[1],), biases, strided=strided)
-        if bias.device != logits.device:
-            raise ValueError(f"one device is needed for all, found: logits on {logits.device}, bias on {bias.device}")
+        check_one_device(logits=logits, bias=bias)
 
 
 def _check_options(

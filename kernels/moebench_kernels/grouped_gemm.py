@@ -27,7 +27,8 @@ from torch import Tensor
 from moebench_kernels.activation import GATED, act, up_factor
 from moebench_kernels.bias_gradient import bias_gradient
 from moebench_kernels.build import Build, signature
-from moebench_kernels.checks import FLOATS, check_launch, check_same_dtype, check_tensor
+from moebench_kernels.checks import FLOATS, check_launch, check_one_device, check_same_dtype, check_tensor
+from moebench_kernels.descriptors import operand
 from moebench_kernels.dot import dot
 from moebench_kernels.plan import Plan, check_plan
 from moebench_kernels.ragged_gemm import launch_ragged_gemm
@@ -196,26 +197,13 @@ def _grouped_gemm_kernel(
         )
 
 
-def _descriptor(tensor: Tensor, shape: list[int], block: list[int]) -> Any:
-    """A TMA descriptor of a contiguous tensor seen as `shape`, or None where one would not be aligned to 16 bytes."""
-    row = shape[-1] * tensor.element_size()
-    if tensor.data_ptr() % 16 or row % 16 or max(shape) >= 2**31:
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor  # here: the file imports without triton
-
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return TensorDescriptor(tensor, shape, strides, block)
-
-
 def _operands(rows: Tensor, weights: Tensor, c: GemmConfig, block_m: int, gather: bool, maps: int, transpose: bool):  # type: ignore[no-untyped-def]
     """Rows and weights as the kernel takes them: descriptors where the tile wants them and they can be."""
     E, a, b = weights.shape
     w_block = [1, 1, c.block_k, c.block_n] if transpose else [1, maps, c.block_n // maps, c.block_k]
-    a_in = _descriptor(rows, list(rows.shape), [block_m, c.block_k]) if c.tma and not gather else None
-    w_in = _descriptor(weights, [E, maps, a // maps, b], w_block) if c.tma else None
-    return rows if a_in is None else a_in, weights if w_in is None else w_in, a_in is not None, w_in is not None
+    a_in, a_tma = operand(rows, list(rows.shape), [block_m, c.block_k], c.tma and not gather)
+    w_in, w_tma = operand(weights, [E, maps, a // maps, b], w_block, c.tma)
+    return a_in, w_in, a_tma, w_tma
 
 
 def launch_grouped_gemm(
@@ -328,6 +316,7 @@ def grouped_gemm(
     check_tensor("rows", rows, (plan.n_rows, weights.shape[1 if transpose else 2]), FLOATS)
     check_same_dtype(rows=rows, weights=weights)
     check_bias("bias", bias, plan.n_experts, weights.shape[2 if transpose else 1], weights.dtype)
+    check_one_device(rows=rows, weights=weights, bias=bias, plan=plan.counts)
     return _grouped_gemm(rows, weights, bias, list(plan[:-1]), plan.block_m, transpose)
 
 

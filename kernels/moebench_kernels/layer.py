@@ -24,7 +24,15 @@ from torch import Tensor
 from moebench_kernels.activation import ACTIVATIONS, input_maps
 from moebench_kernels.activation_gemm_backward import launch_activation_gemm_backward
 from moebench_kernels.bias_gradient import bias_gradient
-from moebench_kernels.checks import FLOATS, INTEGERS, check_choice, check_launch, check_same_dtype, check_tensor
+from moebench_kernels.checks import (
+    FLOATS,
+    INTEGERS,
+    check_choice,
+    check_launch,
+    check_one_device,
+    check_same_dtype,
+    check_tensor,
+)
 from moebench_kernels.combine import combine_torch, launch_gather_sum
 from moebench_kernels.decode import MAX_TOKENS, decode_layer
 from moebench_kernels.decode_gemm import MAX_ASSIGNMENTS
@@ -241,6 +249,9 @@ def _check(
     check_same_dtype(x=x, w_gate_up=w_gate_up, w_down=w_down)
     check_bias("b_gate_up", b_gate_up, E, width, x.dtype)
     check_bias("b_down", b_down, E, D, x.dtype)
+    check_one_device(
+        x=x, ids=ids, weights=weights, w_gate_up=w_gate_up, w_down=w_down, b_gate_up=b_gate_up, b_down=b_down
+    )
 
 
 def _check_plan(plan: Plan, ids: Tensor, n_experts: int, options: dict[str, Any]) -> None:

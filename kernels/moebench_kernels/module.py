@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from moebench_kernels.activation import ACTIVATIONS, activate_torch, input_maps
 from moebench_kernels.checks import check_choice
-from moebench_kernels.gate import topk_gate
+from moebench_kernels.gate import GROUP_SCORES, ORDERS, topk_gate
+from moebench_kernels.gate_scores import SCORINGS
 from moebench_kernels.layer import moe_layer
 
 
@@ -34,6 +35,12 @@ class GateOptions:
     topk_groups: int = 1
     group_score: str = "max"
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a scoring, order or group score that does not exist."""
+        check_choice("scoring", self.scoring, SCORINGS)
+        check_choice("order", self.order, ORDERS)
+        check_choice("group_score", self.group_score, GROUP_SCORES)
 
 
 class MoEExperts(nn.Module):
@@ -92,16 +99,18 @@ class MoEExperts(nn.Module):
         Raises:
             TypeError, ValueError: before any launch.
         """
-        if x.shape[:-1] != ids.shape[:-1] or x.shape[:-1] != weights.shape[:-1]:
+        if x.shape[:-1] != ids.shape[:-1] or ids.shape != weights.shape or ids.shape[-1] < 1:
             raise ValueError(
-                f"x {list(x.shape)}, ids {list(ids.shape)} and weights {list(weights.shape)} "
-                "must have the same leading dimensions"
+                f"x is {list(x.shape)}, ids {list(ids.shape)} and weights {list(weights.shape)}; "
+                "needed: [..., D], [..., K] and [..., K], with K >= 1"
             )
-        rows, gate_up, down = _autocast(x, self.gate_up, self.down)
+        rows, gate_up, down, b_gate_up, b_down = _autocast(
+            x, self.gate_up, self.down, self.gate_up_bias, self.down_bias
+        )
         y = moe_layer(
             rows.reshape(-1, x.shape[-1]).contiguous(), ids.reshape(-1, ids.shape[-1]),
             weights.reshape(-1, ids.shape[-1]).float(), gate_up, down, activation=self.activation,
-            b_gate_up=self.gate_up_bias, b_down=self.down_bias, **options,
+            b_gate_up=b_gate_up, b_down=b_down, **options,
         )  # fmt: skip
         return y.view(x.shape)
 
@@ -219,12 +228,13 @@ class MoELayer(nn.Module):
         return f"top_k={self.top_k}, gate={self.gate}, selection_bias={self.selection_bias is not None}"
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """In autocast's dtype where it is on for their device, else as they are."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+def _autocast(x: Tensor, *parameters: Tensor | None) -> list[Any]:
+    """In autocast's dtype where it is on for x's device, else as they are; float64 is left alone, as nn.Linear does."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return [x, *parameters]
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *parameters)]
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from moebench_kernels.build import Build, signature
-from moebench_kernels.checks import FLOATS, check_launch, check_tensor
+from moebench_kernels.checks import FLOATS, check_launch, check_one_device, check_tensor
 from moebench_kernels.combine import (
     DTYPES,
     INT32,
     CopyConfig,
     _gather_sum,
-    check_one_device,
     clear_rows,
     copy_config,
     load_row,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moebench_kernels.capacity import launch_select, within_capacity_torch
-from moebench_kernels.checks import INTEGERS, check_int, check_launch, check_tensor
+from moebench_kernels.checks import INTEGERS, check_int, check_launch, check_one_device, check_tensor
 from moebench_kernels.plan_kernels import MAX_ASSIGNMENTS, Outputs, launch_plan
 from moebench_kernels.tiles import tile_rows
 
@@ -99,6 +99,8 @@ def check_plan_of(plan: object, ids: Tensor, n_experts: int) -> None:
     """Raise unless it is a Plan that may be of these ids; whether it is, only the device knows."""
     check_plan(plan)
     assert isinstance(plan, Plan)
+    check_tensor("ids", ids, ("T", "K"), INTEGERS, strided=True)
+    check_one_device(plan=plan.counts, ids=ids)
     if plan.token2row.shape != ids.shape or plan.n_experts != n_experts:
         raise ValueError(
             f"the plan is of ids {list(plan.token2row.shape)} and {plan.n_experts} experts; "
@@ -228,5 +230,4 @@ def _check_options(ids: Tensor, n_experts: int, capacity: int | None, priority: 
             raise ValueError(f"capacity is {capacity}; it must be at least 0")
     if priority is not None:
         check_tensor("priority", priority, tuple(ids.shape), (torch.float32,), strided=True)
-        if priority.device != ids.device:
-            raise ValueError(f"one device is needed for all, found: ids on {ids.device}, priority on {priority.device}")
+        check_one_device(ids=ids, priority=priority)

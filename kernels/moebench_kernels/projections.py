@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moebench_kernels.activation import ACTIVATIONS, activate_torch, input_maps, launch_activation_backward
 from moebench_kernels.bias_gradient import bias_gradient
-from moebench_kernels.checks import FLOATS, check_choice, check_launch, check_same_dtype, check_tensor
+from moebench_kernels.checks import FLOATS, check_choice, check_launch, check_one_device, check_same_dtype, check_tensor
 from moebench_kernels.combine import launch_gather_sum
 from moebench_kernels.grouped_gemm import check_bias, grouped_gemm, grouped_gemm_torch, launch_grouped_gemm
 from moebench_kernels.permute import permute_torch
@@ -154,6 +154,7 @@ def up_projection(
     check_gate_up(w_gate_up, plan.n_experts, x.shape[1], activation)
     check_same_dtype(x=x, w_gate_up=w_gate_up)
     check_bias("bias", bias, plan.n_experts, w_gate_up.shape[1], x.dtype)
+    check_one_device(x=x, w_gate_up=w_gate_up, bias=bias, plan=plan.counts)
     wanted = x.requires_grad or w_gate_up.requires_grad or (bias is not None and bias.requires_grad)
     keep = torch.is_grad_enabled() and wanted
     return _up_projection(x, w_gate_up, bias, list(plan[:-1]), plan.block_m, activation, permuted, keep)[0]

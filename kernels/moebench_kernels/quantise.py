@@ -148,8 +148,10 @@ def quantise_weights(w: Tensor, kind: str) -> QuantisedWeights:
     check_tensor("w", w, ("E", "N", "K"), (*FLOATS, torch.float64), strided=True)
     if group and w.shape[2] % 2:
         raise ValueError(f"w has {w.shape[2]} columns; {kind} packs two in a byte and needs an even number")
-    if not all(bool(torch.isfinite(expert).all()) for expert in w):
-        raise ValueError("w has NaN or Inf; only finite weights can be quantised")
+    if w.is_meta:
+        raise ValueError("w is on the meta device, where it has no values to quantise")
+    if not all(bool(torch.isfinite(expert.float()).all()) for expert in w):
+        raise ValueError("w has NaN, Inf or numbers past float32's range; only finite weights can be quantised")
     parts = [_quantise_matrix(expert.float(), kind, group) for expert in w]
     values = torch.stack([part[0].view(torch.uint8) for part in parts]).view(parts[0][0].dtype)
     if not group:
@@ -244,6 +246,8 @@ def dequantise_weights(q: QuantisedWeights, dtype: torch.dtype = torch.float32) 
         TypeError, ValueError: parts that do not fit each other.
     """
     check_quantised("q", q, "E", "N", "K")
+    if dtype not in (*FLOATS, torch.float64):
+        raise TypeError(f"dtype is {dtype}; allowed: float32, float16, bfloat16, float64")
     (_, N, K), group = q.shape, group_of(q.kind)
     wide = torch.promote_types(dtype, torch.float32)
     scales = q.scales.to(wide)

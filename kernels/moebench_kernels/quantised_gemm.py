@@ -14,7 +14,15 @@ from torch import Tensor
 
 from moebench_kernels.activation import ACTIVATIONS, GATED, activate_torch, input_maps
 from moebench_kernels.build import TARGETS, Build, signature
-from moebench_kernels.checks import FLOATS, check_choice, check_launch, check_no_gradient, check_tensor
+from moebench_kernels.checks import (
+    FLOATS,
+    check_choice,
+    check_launch,
+    check_no_gradient,
+    check_one_device,
+    check_tensor,
+)
+from moebench_kernels.descriptors import operand
 from moebench_kernels.grouped_gemm import grouped_gemm_torch
 from moebench_kernels.permute import permute_torch
 from moebench_kernels.plan import Plan, check_plan
@@ -54,17 +62,6 @@ def quantised_gemm_torch(
     return (activate_torch(z, activation) if activation else z).to(dtype)
 
 
-def _operand(tensor: Tensor, rows: int, columns: int, family: str) -> tuple[Any, bool]:
-    """A descriptor of a tensor's rows where the device has a tile copier and the bytes are aligned; else the tensor."""
-    height, width = tensor.numel() // tensor.shape[-1], tensor.shape[-1]
-    aligned = tensor.data_ptr() % 16 == 0 and width * tensor.itemsize % 16 == 0
-    if family not in TMA_FAMILIES or not aligned or not 0 < height < 2**31:
-        return tensor, False
-    from triton.tools.tensor_descriptor import TensorDescriptor  # here, since the file imports without triton
-
-    return TensorDescriptor(tensor, [height, width], [width, 1], [rows, columns]), True
-
-
 def _constants(kind: str, tile: QuantisedTile, block_m: int, N: int, activation: str, gather: bool) -> dict[str, Any]:
     """The constexpr arguments that launch and audit share."""
     gated, group = activation in GATED, group_of(kind)
@@ -88,7 +85,8 @@ def _quantised_gemm(
     offsets: Tensor, tile_offsets: Tensor, tile2expert: Tensor, row2assignment: Tensor,
     block_m: int, top_k: int, activation: str, gather: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    check_launch(rows=rows, weights=values, plan=offsets)
+    given = {"rows": rows, "weights": values, "weights' scales": scales, "plan": offsets}
+    check_launch(**given, **({} if row_scales is None else {"row_scales": row_scales}))
     check_supported(kind, rows.device)
     out = _empty_out(
         rows, row_scales, values, scales, kind, offsets, tile_offsets, tile2expert, row2assignment, block_m, top_k,
@@ -102,8 +100,9 @@ def _quantised_gemm(
     c = _constants(kind, tile, block_m, N, activation, gather)
     columns = c["BLOCK_B"] if group_of(kind) else c["BLOCK_K"]
     whole = not group_of(kind) or K % group_of(kind) == 0  # a descriptor cannot stop at the end of a partial group
-    left, c["ROWS_TMA"] = (rows, False) if gather or not whole else _operand(rows, block_m, columns, family)
-    right, c["W_TMA"] = _operand(values, tile.block_n, columns, family)
+    tma, width = family in TMA_FAMILIES, values.shape[2]
+    left, c["ROWS_TMA"] = operand(rows, [n_rows, K], [block_m, columns], tma and not gather and whole)
+    right, c["W_TMA"] = operand(values, [values.numel() // width, width], [tile.block_n, columns], tma)
     programs = min(tile.per_sm * processors(rows.device), len(tile2expert) * cdiv(N, tile.block_n))
     plan = (offsets, tile_offsets, tile2expert, row2assignment, n_rows, N, K, n_experts)
     c |= {"TOP_K": top_k, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
@@ -165,6 +164,7 @@ def quantised_gemm(
     check_quantised("weights", weights, plan.n_experts, "mN", rows.shape[1])
     if weights.shape[1] % input_maps(activation or "none"):
         raise ValueError(f"weights has {weights.shape[1]} rows an expert; {activation} needs an even number (gate, up)")
+    check_one_device(rows=rows, row_scales=row_scales, weights=weights.values, scales=weights.scales, plan=plan.counts)
     return _quantised_gemm(
         rows, row_scales, weights.values, weights.scales, weights.kind,
         plan.offsets, plan.tile_offsets, plan.tile2expert, plan.row2assignment,

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from moebench_kernels.activation import ACTIVATIONS, input_maps
-from moebench_kernels.checks import FLOATS, INTEGERS, check_choice, check_launch, check_no_gradient, check_tensor
+from moebench_kernels.checks import (
+    FLOATS,
+    INTEGERS,
+    check_choice,
+    check_launch,
+    check_no_gradient,
+    check_one_device,
+    check_tensor,
+)
 from moebench_kernels.combine import combine, combine_torch
 from moebench_kernels.plan import Plan, check_plan_of, routing_plan, routing_plan_torch
 from moebench_kernels.quantise import (
@@ -121,6 +129,10 @@ def quantised_moe_layer(
     check_tensor("weights", weights, tuple(ids.shape), (torch.float32,), strided=True)
     _check_weights(x, w_gate_up, w_down, D, activation)
     check_no_gradient(x=x, weights=weights)
+    check_one_device(
+        x=x, ids=ids, weights=weights, **{"w_gate_up.values": w_gate_up.values, "w_gate_up.scales": w_gate_up.scales},
+        **{"w_down.values": w_down.values, "w_down.scales": w_down.scales},
+    )  # fmt: skip
     if plan is None:
         plan = routing_plan(ids, w_gate_up.shape[0])
     check_plan_of(plan, ids, w_gate_up.shape[0])

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from moebench_kernels.build import Build, signature
-from moebench_kernels.checks import FLOATS, check_launch, check_same_dtype, check_tensor
+from moebench_kernels.checks import FLOATS, check_launch, check_one_device, check_same_dtype, check_tensor
+from moebench_kernels.descriptors import operand
 from moebench_kernels.dot import dot
 from moebench_kernels.plan import Plan, check_plan
 from moebench_kernels.ragged_tiles import TILES, RaggedConfig, ragged_config, ragged_kind
@@ -125,16 +126,6 @@ def _ragged_gemm_kernel(
         tl.store(at_dw, total.to(dw_ptr.dtype.element_ty), mask=exists)
 
 
-def _operand(rows: Tensor, gather: bool, family: str, block: list[int]) -> tuple[object, bool]:
-    """What the kernel takes, and whether that is a TMA descriptor: where rows come in order and 16-byte aligned."""
-    aligned = rows.data_ptr() % 16 == 0 and rows.stride(0) * rows.element_size() % 16 == 0
-    if gather or not aligned or family not in TMA_FAMILIES:
-        return rows, False
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(rows, block), True
-
-
 def heaviest_first(offsets: Tensor) -> Tensor:
     """int32 [E], experts by falling number of rows; the lower id first where equal."""
     return torch.argsort(offsets.diff(), descending=True, stable=True).int()
@@ -151,8 +142,9 @@ def launch_ragged_tiles(
     dw, family = right.new_empty(E, M, N), device_family(right.device)
     kind = ragged_kind(gather_left, gather_right)
     c = config or pick_ragged_config(kind, tile_rows(n_rows / E), M, N, right.dtype, right.device)
-    left_in, left_tma = _operand(left, gather_left, family, [c.block_r, c.block_m])
-    right_in, right_tma = _operand(right, gather_right, family, [c.block_r, c.block_n])
+    tma = family in TMA_FAMILIES
+    left_in, left_tma = operand(left, list(left.shape), [c.block_r, c.block_m], tma and not gather_left)
+    right_in, right_tma = operand(right, list(right.shape), [c.block_r, c.block_n], tma and not gather_right)
     programs = min(processors(right.device) * c.per_unit, E * cdiv(M, c.block_m) * cdiv(N, c.block_n))
     with on_device(right):
         _ragged_gemm_kernel[(programs,)](
@@ -210,6 +202,7 @@ def ragged_gemm(
     check_tensor("left", left, (plan.n_tokens if gather_left else plan.n_rows, "M"), FLOATS)
     check_tensor("right", right, (plan.n_tokens if gather_right else plan.n_rows, "N"), FLOATS)
     check_same_dtype(left=left, right=right)
+    check_one_device(left=left, right=right, plan=plan.counts)
     return launch_ragged_gemm(left, right, plan, gather_left=gather_left, gather_right=gather_right)
 
 

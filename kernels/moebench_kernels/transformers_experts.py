@@ -11,7 +11,7 @@ cannot become is an error that says so, never a silent fallback.
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ GATED = ("swiglu", "geglu", "clamped_swiglu")
 
 
 class _Relaid(NamedTuple):
+    """Converted weights: of which parameters, in which state, and what they became."""
+
     key: tuple[Any, ...]
+    of: list[ReferenceType[Tensor]]
     tensors: dict[str, Tensor]
 
 
@@ -39,6 +42,7 @@ def register_transformers(name: str = "moebench") -> None:
     `model.set_experts_implementation(name)`. Registering again under the same name does nothing.
 
     Raises:
+        TypeError: the name is no text.
         ImportError: transformers is missing, or is older than 5.0.
         ValueError: the name is taken by another implementation.
 
@@ -51,6 +55,8 @@ def register_transformers(name: str = "moebench") -> None:
             f"transformers has no experts interface here ({error}); it needs transformers >= 5.0: "
             "pip install 'transformers>=5.0'"
         ) from error
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name is {name!r}; a text is needed")
     taken = "eager" if name == "eager" else ALL_EXPERTS_FUNCTIONS.get(name)
     if taken not in (None, experts_forward):
         raise ValueError(f"transformers already has an experts implementation {name!r}; choose another name")
@@ -129,8 +135,9 @@ def expert_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters of an experts module as arguments of `moe_layer`.
 
     Those that are stored in our layout are passed as they are. Others are converted: in training (and under
-    torch.compile) at every call, so that gradients reach the module's own; otherwise once, and kept while the
-    parameters do not change, which takes their memory once more.
+    torch.compile) at every call, so that gradients reach the module's own; otherwise once, and kept, which takes their
+    memory once more. They are converted again after training, and when a parameter was replaced, moved or written
+    in place. What was written through `.data` or by another process leaves no trace: call `forget_converted` then.
     """
     names = ["gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"]
     if getattr(module, "has_bias", False):
@@ -139,13 +146,28 @@ def expert_tensors(module: nn.Module) -> dict[str, Tensor]:
     if not (getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True)):
         return _as_arguments([value.contiguous() for value in stored])
     in_graph = torch.is_grad_enabled() and any(value.requires_grad for value in stored)
-    if in_graph or torch.compiler.is_compiling():
+    if in_graph or torch.compiler.is_compiling() or any(value.is_inference() for value in stored):
+        if not torch.compiler.is_compiling():
+            _relaid.pop(module, None)  # averaged weights are often written through `.data`, between two steps
         return _as_arguments(_convert(module, stored))
-    key = tuple((value.data_ptr(), _version(value), value.dtype, value.device) for value in stored)
+    key = tuple((value.data_ptr(), value._version, value.dtype, value.device) for value in stored)
     kept = _relaid.get(module)
-    if kept is None or kept.key != key:
-        kept = _relaid[module] = _Relaid(key, _as_arguments(_convert(module, [value.detach() for value in stored])))
+    if kept is None or kept.key != key or any(was() is not now for was, now in zip(kept.of, stored, strict=True)):
+        converted = _as_arguments(_convert(module, [value.detach() for value in stored]))
+        kept = _relaid[module] = _Relaid(key, [ref(value) for value in stored], converted)
     return kept.tensors
+
+
+def forget_converted(model: nn.Module) -> None:
+    """Drop what was converted for any module of `model`: after writes to its experts through `.data`.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; an nn.Module is needed")
+    for module in model.modules():
+        _relaid.pop(module, None)
 
 
 def _convert(module: nn.Module, stored: list[Tensor]) -> list[Tensor]:
@@ -162,8 +184,3 @@ def _convert(module: nn.Module, stored: list[Tensor]) -> list[Tensor]:
 
 def _as_arguments(tensors: list[Tensor]) -> dict[str, Tensor]:
     return dict(zip(("w_gate_up", "w_down", "b_gate_up", "b_down"), tensors, strict=False))
-
-
-def _version(value: Tensor) -> int:
-    """Changes with every write in place; tensors made in inference mode do not count theirs."""
-    return -1 if value.is_inference() else value._version

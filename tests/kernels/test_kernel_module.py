@@ -134,10 +134,11 @@ def test_repr_tells_the_sizes() -> None:
     assert "top_k=2, gate=GateOptions(scoring='sigmoid'" in text
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_is_the_layer_in_that_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    """x and the matrices are cast; gradients come back in the parameters' float32."""
-    layer = MoELayer(E, K, D, F, shared_ffn_size=8, device=device)
+def test_autocast_is_the_layer_in_that_dtype(dtype: torch.dtype, bias: bool, device: torch.device) -> None:
+    """x, matrices and biases are cast; gradients come back in the parameters' float32."""
+    layer = MoELayer(E, K, D, F, shared_ffn_size=8, bias=bias, device=device)
     x = torch.randn(7, D, device=device)
     with torch.autocast(device.type, dtype=dtype):
         y = layer(x)
@@ -198,6 +199,7 @@ def test_trains(device: torch.device) -> None:
     [
         (lambda: MoEExperts(0, D, F), "n_experts is 0; it must be at least 1"),
         (lambda: MoEExperts(E, D, F, activation="tanh"), "activation is 'tanh'; allowed: swiglu"),
+        (lambda: GateOptions(scoring="sig"), "scoring is 'sig'; allowed: softmax"),
         (lambda: MoELayer(E, 6, D, F), r"top_k is 6; it must be 1 to n_experts \(5\)"),
     ],
 )
@@ -208,7 +210,10 @@ def test_refuses_to_be_built(build: Any, message: str) -> None:
 
 def test_experts_refuse(device: torch.device) -> None:
     experts, ids = MoEExperts(E, D, F, device=device), random_ids(4, E, K).to(device)
-    with pytest.raises(ValueError, match=r"x \[2, 2, 16\], ids \[4, 2\].* must have the same leading dimensions"):
+    with pytest.raises(ValueError, match=r"x is \[2, 2, 16\], ids \[4, 2\].*; needed: \[\.\.\., D\]"):
         experts(torch.zeros(2, 2, D, device=device), ids, torch.ones(4, K, device=device))
+    for few in (ids[:, :1], ids[:, :0]):
+        with pytest.raises(ValueError, match=r"ids \[4, \d\] and weights \[4, 2\]; needed"):
+            experts(torch.zeros(4, D, device=device), few, torch.ones(4, K, device=device))
     with pytest.raises(ValueError, match=r"needed: \[E, 2F, 15\]"):
         experts(torch.zeros(4, 15, device=device), ids, torch.ones(4, K, device=device))

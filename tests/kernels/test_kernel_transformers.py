@@ -11,6 +11,7 @@ from moebench_kernels.transformers_experts import (
     activation_of,
     expert_tensors,
     experts_forward,
+    forget_converted,
     register_transformers,
 )
 
@@ -170,8 +171,30 @@ def test_converted_weights_follow_the_parameters():
     assert torch.equal(expert_tensors(module)["w_down"], first * 2)
     module.down_proj.data = module.down_proj.data * 2
     assert torch.equal(expert_tensors(module)["w_down"], first * 4)
+    module.down_proj = nn.Parameter(module.down_proj.detach() * 2, requires_grad=False)
+    assert torch.equal(expert_tensors(module)["w_down"], first * 8)
     plain = Experts()
     assert expert_tensors(plain)["w_down"].data_ptr() == plain.down_proj.data_ptr()
+
+
+def test_what_leaves_no_trace_is_seen_after_training_or_when_told():
+    module = Experts(transposed=True)
+    with torch.no_grad():
+        first = expert_tensors(module)["w_down"]
+    expert_tensors(module)  # a step of training
+    module.down_proj.data.mul_(2)  # as averaging of weights does
+    with torch.no_grad():
+        assert torch.equal(expert_tensors(module)["w_down"], first * 2)
+        module.down_proj.data.mul_(2)
+        forget_converted(nn.Sequential(module))
+        assert torch.equal(expert_tensors(module)["w_down"], first * 4)
+    with torch.inference_mode():
+        made_there = Experts(transposed=True).requires_grad_(False)
+        before = expert_tensors(made_there)["w_down"].clone()
+        made_there.down_proj.mul_(2)
+        assert torch.equal(expert_tensors(made_there)["w_down"], before * 2)
+    with pytest.raises(TypeError, match=r"model is a str; an nn\.Module is needed"):
+        forget_converted("model")
 
 
 @pytest.mark.parametrize(
@@ -212,6 +235,8 @@ def test_names():
     register_transformers()  # twice is once
     register_transformers("other")
     assert moe.ALL_EXPERTS_FUNCTIONS["other"] is experts_forward
+    with pytest.raises(TypeError, match="name is None; a text is needed"):
+        register_transformers(None)
     for taken in ("eager", "grouped_mm"):
         with pytest.raises(ValueError, match=f"already has an experts implementation '{taken}'"):
             register_transformers(taken)
