@@ -24,7 +24,9 @@ DTYPES = ("bf16", "fp16", "fp32")
 @click.option("--dry-run", is_flag=True, help="Say what would be raced, and stop. Needs no GPU.")
 @click.option("--target", type=click.Choice(TARGETS), default="sm_90", show_default=True, help="With --dry-run: for.")
 @click.option("--json", "as_json", is_flag=True, help="A list of flat objects on stdout.")
+@click.pass_context
 def tune(
+    ctx: click.Context,
     models: tuple[str, ...],
     shapes: tuple[str, ...],
     tokens: str,
@@ -39,9 +41,14 @@ def tune(
 ) -> None:
     """Find the fastest tiles of the grouped GEMMs for the GPU here, and write them to a file that the kernels load.
 
+    With --backward also those of the backward's products, the weight gradients among them.
+
     Candidates are thinned by a cost model and by the compiler's report, then checked, and raced in shuffled
     rounds against the shipped tile, which stays where nothing is clearly faster. The kernels use the file that
     MOEBENCH_TILES names. Ctrl-C loses only the case in hand; --resume goes on.
+
+    Exit codes: 0 all good, 1 some product has no right tile or there is no GPU, 2 bad words or a bad file, 130
+    interrupted.
 
     \b
     Examples:
@@ -51,6 +58,9 @@ def tune(
       MOEBENCH_TILES=h200.json moebench run suite prefill
     """
     from moebench.tune.case import cases, layers_of
+
+    if not dry_run and ctx.get_parameter_source("target") is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("--target goes with --dry-run; tuning is for the GPU here")
 
     layers = layers_of(_split(models), shapes)
     if not layers:
@@ -65,9 +75,16 @@ def tune(
     from moebench.tune.run import tune as tuned
     from moebench.tune.show import LiveTuning
 
-    with LiveTuning() as live:
-        path = tuned(every, out, keep=keep, resume=resume, progress=live.progress)
-    click.echo(json.dumps(_entries(path)) if as_json else path)
+    try:
+        with LiveTuning() as live:
+            kept = tuned(every, out, keep=keep, resume=resume, progress=live.progress)
+    except KeyboardInterrupt:
+        click.echo("moebench: interrupted; the same command with --resume goes on", err=True)
+        ctx.exit(130)
+    click.echo(json.dumps(_entries(kept.path)) if as_json else kept.path)
+    if kept.failed:
+        click.echo(f"moebench: {kept.failed} without a tile that gives a right answer: see {kept.path}", err=True)
+        ctx.exit(1)
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

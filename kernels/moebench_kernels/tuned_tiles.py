@@ -136,11 +136,21 @@ def pick_config(kind: str, block_m: int, N: int, K: int, dtype: torch.dtype, dev
 def _pick(kind: str, block_m: int, N: int, K: int, dtype: torch.dtype, device: torch.device, path: str) -> GemmConfig:
     family = device_family(device)
     c = gemm_config(kind, block_m, N, K, dtype, family, _tuned_for(device, family, path))
+    return shrunk(c, block_m, dtype, family, shared_limit(device))
+
+
+def shared_limit(device: torch.device) -> int | None:
+    """Bytes of shared memory a program may have, where the device has less than its family; else None."""
+    full = SHARED_KB[device_family(device)] * 1024
     if device.type == "cpu":
-        return c
-    properties = torch.cuda.get_device_properties(device)
-    limit = getattr(properties, "shared_memory_per_block_optin", SHARED_KB[family] * 1024)
-    return _shrink(c, block_m, dtype.itemsize, family, limit) if limit < SHARED_KB[family] * 1024 else c
+        return None
+    limit: int = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", full)
+    return limit if limit < full else None
+
+
+def shrunk(c: GemmConfig, block_m: int, dtype: torch.dtype, family: str, limit: int | None) -> GemmConfig:
+    """The tile that is launched where `shared_limit` is `limit`."""
+    return c if limit is None else _shrink(c, block_m, dtype.itemsize, family, limit)
 
 
 def pick_ragged_config(kind: str, load: int, M: int, N: int, dtype: torch.dtype, device: torch.device) -> RaggedConfig:

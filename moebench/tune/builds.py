@@ -22,11 +22,18 @@ def builds_of(path: str) -> list[Build]:
 
 def _build(number: int, family: str, case: dict[str, Any], config: dict[str, Any]) -> Build:
     from moebench.tune.case import Case
-    from moebench_kernels.grouped_gemm import build
+    from moebench_kernels.grouped_gemm import build as build_grouped
+    from moebench_kernels.ragged_gemm import build as build_ragged
+    from moebench_kernels.ragged_tiles import RaggedConfig
     from moebench_kernels.tiles import GemmConfig
 
     made = Case(**case)
-    found: Build = build(
-        family, made.dtype, made.block_m, made.gather, made.activation, made.transpose, config=GemmConfig(**config)
-    )
+    found: Build
+    if made.weight_gradient:
+        gather = made.kind.endswith("_left"), made.kind.endswith("_right")
+        found = build_ragged(family, made.dtype, *gather, RaggedConfig(**config))
+    else:
+        found = build_grouped(
+            family, made.dtype, made.block_m, made.gather, made.activation, made.transpose, config=GemmConfig(**config)
+        )
     return replace(found, name=str(number), expect=())

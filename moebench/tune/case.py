@@ -1,4 +1,4 @@
-"""What is tuned: one product of the experts' GEMMs at one block_m, under one load.
+"""What is tuned: one product of the experts' GEMMs at one block_m, or one weight gradient, under one load.
 
 Tiles are kept by (kind, dtype, block_m, N, K); of several loads with the same key the largest is raced.
 """
@@ -12,7 +12,7 @@ from moebench.catalogue.models import resolve_layer
 from moebench.catalogue.spec import GATED_ACTIVATIONS, LayerSpec
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-MAPS = ("up", "down", "d_hidden", "d_rows")
+MAPS = ("up", "down", "d_hidden", "d_rows", "dw_up", "dw_down")
 FORWARD = ("up", "down")
 
 
@@ -22,11 +22,12 @@ class Case:
 
     Attributes:
         layer: name of the layer it comes from.
-        map: "up" and "down", or of the backward "d_hidden" (dy through W_down) and "d_rows" (dz through W_gate_up).
-        kind: as moebench_kernels.tiles lists tiles.
+        map: "up" and "down", or of the backward "d_hidden" (dy through W_down), "d_rows" (dz through W_gate_up),
+            "dw_up" and "dw_down" (the gradients of the matrices).
+        kind: as moebench_kernels.tiles and ragged_tiles list tiles.
         dtype: "bf16", "fp16" or "fp32".
-        block_m: rows of a tile, from the mean load.
-        n, k: columns of a map, and the inner size.
+        block_m: rows of a tile, from the mean load; of a weight gradient only a name for that load.
+        n, k: columns of a map, and the inner size; of a weight gradient its columns and rows.
         experts, top_k, tokens: E, K, T of the load it is raced under.
         activation: of the epilogue; None where there is none.
     """
@@ -42,6 +43,11 @@ class Case:
     top_k: int
     tokens: int
     activation: str | None
+
+    @property
+    def weight_gradient(self) -> bool:
+        """Whether it is a gradient of the matrices, whose sums go over an expert's rows."""
+        return self.kind.startswith("dw")
 
     @property
     def gather(self) -> bool:
@@ -101,26 +107,30 @@ def cases(
         for dtype in dtypes
         for case in _of_layer(name, layer, T, dtype, MAPS if backward else FORWARD)
     ]
-    return list({case.key: case for case in every}.values())
+    return list({case.key: case for case in sorted(every, key=lambda case: case.rows)}.values())
 
 
 def _of_layer(name: str, layer: LayerSpec, T: int, dtype: str, maps: Iterable[str]) -> list[Case]:
     from moebench_kernels import ACTIVATIONS
+    from moebench_kernels.ragged_tiles import ragged_kind
     from moebench_kernels.tiles import gemm_kind, tile_rows
 
     if layer.activation not in ACTIVATIONS:
         raise ValueError(f"{name}: the kernels do not compute activation {layer.activation!r}")
     D, F, E, K = layer.hidden_size, layer.expert_ffn_size, layer.routed_experts, layer.top_k
     gated = layer.activation in GATED_ACTIVATIONS
+    width = 2 * F if gated else F
     shapes = {  # map -> gather, gated, transpose, columns of a map, inner size
         "up": (True, gated, False, F, D),
         "down": (False, False, False, D, F),
         "d_hidden": (True, False, True, F, D),
-        "d_rows": (False, False, True, D, 2 * F if gated else F),
+        "d_rows": (False, False, True, D, width),
     }
+    kinds = {each: gemm_kind(*shape[:3]) for each, shape in shapes.items()}
+    sizes = {each: shape[3:] for each, shape in shapes.items()} | {"dw_up": (D, width), "dw_down": (F, D)}
+    kinds |= {"dw_up": ragged_kind(False, True), "dw_down": ragged_kind(True, False)}
     found = []
     for each in maps:
-        gather, gates, transpose, n, k = shapes[each]
-        kind, activation = gemm_kind(gather, gates, transpose), layer.activation if each == "up" else None
+        (n, k), kind, activation = sizes[each], kinds[each], layer.activation if each == "up" else None
         found.append(Case(name, each, kind, dtype, tile_rows(T * K / E), n, k, E, K, T, activation))
     return found

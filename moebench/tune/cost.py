@@ -40,7 +40,35 @@ FP32_SLOWDOWN = 15  # IEEE float32 runs on FMA units
 
 def estimated_ms(case: Case, config: Any, family: str) -> float:
     """Milliseconds of the case in this tile, by the model above."""
-    machine, item = MACHINES[family], ITEM_BYTES[case.dtype]
+    return (_weight_gradient_ms if case.weight_gradient else _grouped_ms)(case, config, MACHINES[family])
+
+
+def _weight_gradient_ms(case: Case, config: Any, machine: Machine) -> float:
+    """The same model of a dW: tiles of block_m by block_n, each a sum over an expert's rows; the sums are written."""
+    item, rows = ITEM_BYTES[case.dtype], math.ceil(case.rows / case.experts)
+    block_m: int = config.block_m
+    block_n: int = config.block_n
+    units: int = config.per_unit
+    stages: int = config.num_stages
+    block_r: int = config.block_r
+    tiles = case.experts * math.ceil(case.k / block_m) * math.ceil(case.n / block_n)
+    steps = math.ceil(rows / block_r) * block_r  # the last step is paid in full
+    peak = machine.tflops * 1e12 / machine.processors / (FP32_SLOWDOWN if case.dtype == "fp32" else 1)
+    multiply = 2 * max(block_m, machine.core_rows) * block_n * steps / peak * units
+    in_flight = max(1, stages - 1) * (block_m + block_n) * block_r * item * units
+    feed = (block_m + block_n) * steps * item * units / _feed_rate(machine, in_flight)
+    moved = (case.rows * (case.k + case.n) + case.experts * case.k * case.n) * item
+    waves = math.ceil(tiles / (machine.processors * units))
+    return max(waves * max(multiply, feed), moved / (machine.memory_tb_s * 1e12)) * 1e3
+
+
+def _feed_rate(machine: Machine, in_flight: int) -> float:
+    """Bytes a second out of L2 into one multiprocessor that keeps so many on their way."""
+    return min(machine.l2_tb_s * 1e12 / machine.processors, in_flight / (LATENCY_US * 1e-6))
+
+
+def _grouped_ms(case: Case, config: Any, machine: Machine) -> float:
+    item = ITEM_BYTES[case.dtype]
     block_n: int = config.block_n
     block_k: int = config.block_k
     ctas: int = config.ctas_per_sm
@@ -50,8 +78,7 @@ def estimated_ms(case: Case, config: Any, family: str) -> float:
     tiles = row_tiles * math.ceil(case.n * case.maps / block_n)
     multiply = _multiply_s(case, block_n, machine, swap=config.swap) * ctas
     in_flight = max(1, stages - 1) * (case.block_m + block_n) * block_k * item * ctas
-    feed_rate = min(machine.l2_tb_s * 1e12 / machine.processors, in_flight / (LATENCY_US * 1e-6))
-    feed = (case.block_m + block_n) * case.k * item * ctas / feed_rate
+    feed = (case.block_m + block_n) * case.k * item * ctas / _feed_rate(machine, in_flight)
     waves = math.ceil(tiles / programs)
     return max(waves * max(multiply, feed), _memory_s(case, config, machine, item)) * 1e3
 

@@ -17,6 +17,7 @@ from moebench.tune.case import Case
 from moebench.tune.race import Result
 
 SCHEMA = 1
+KEY = ("kind", "dtype", "block_m", "n", "k")
 SAME = ("device", "device_family", "triton", "source")
 
 
@@ -28,6 +29,7 @@ class Kept:
 
         Raises:
             ValueError: it exists and `resume` is not set, or it cannot be read, or was made with something else.
+            OSError: it cannot be written.
         """
         self.path = path
         self._content: dict[str, Any] = {"schema": SCHEMA, **made_with, "entries": [], "failed": []}
@@ -35,6 +37,7 @@ class Kept:
             raise ValueError(f"{path} exists; --resume goes on with it, or choose another --out")
         if path.exists():
             self._content = self._read(made_with)
+        self._write()  # now, so that a place that cannot be written is known before hours are spent
 
     def has(self, case: Case) -> bool:
         """Whether the case was raced already."""
@@ -42,8 +45,7 @@ class Kept:
 
     def add(self, case: Case, result: Result) -> None:
         """Keep a result, durably."""
-        kind, dtype, block_m, n, k = case.key
-        row = {"kind": kind, "dtype": dtype, "block_m": block_m, "n": n, "k": k, "raced_on": case.name}
+        row: dict[str, Any] = {**dict(zip(KEY, case.key, strict=True)), "raced_on": case.name}
         if result.config is None:
             reasons = sorted({runner.wrong for runner in result.runners if runner.wrong})
             self._content["failed"].append({**row, "reasons": reasons[:5]})
@@ -59,9 +61,14 @@ class Kept:
             )
         self._write()
 
-    def _raced(self) -> set[tuple[str, str, int, int, int]]:
+    @property
+    def failed(self) -> int:
+        """Cases without a right answer."""
+        return len(self._content["failed"])
+
+    def _raced(self) -> set[tuple[Any, ...]]:
         rows = [*self._content["entries"], *self._content["failed"]]
-        return {(row["kind"], row["dtype"], row["block_m"], row["n"], row["k"]) for row in rows}
+        return {tuple(row[name] for name in KEY) for row in rows}
 
     def _read(self, made_with: Mapping[str, str]) -> dict[str, Any]:
         from moebench_kernels.tuned_tiles import load_tuned
@@ -74,8 +81,9 @@ class Kept:
                     f"{self.path} was made with {name} {content.get(name)!r}, this is {made_with[name]!r}; "
                     "choose another --out"
                 )
-        if not isinstance(content.setdefault("failed", []), list):
-            raise ValueError(f"{self.path}: failed is a {type(content['failed']).__name__}, not a list")
+        failed = content.setdefault("failed", [])
+        if not isinstance(failed, list) or not all(isinstance(row, dict) and row.keys() >= set(KEY) for row in failed):
+            raise ValueError(f"{self.path}: failed is no list of objects with {', '.join(KEY)}")
         return content
 
     def _write(self) -> None:

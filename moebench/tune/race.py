@@ -82,6 +82,8 @@ def race(
     `start` gives a worker with the case open; it is called again after a tile has killed one. Samples of
     before a death are discarded: the new process may run at another pace.
     """
+    if not configs:
+        return Result(None, None, None, False, [])
     runners = [Runner(config) for config in configs]
     worker = _check_all(start, runners)
     order = random.Random(seed)

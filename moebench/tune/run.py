@@ -12,7 +12,7 @@ from moebench.failures import RunError
 from moebench.remote import Remote, WorkerLost
 from moebench.tune.case import Case
 from moebench.tune.kept import Kept
-from moebench.tune.race import MAX_ROUNDS, Asks, Result, race
+from moebench.tune.race import MAX_ROUNDS, Asks, Result, Runner, race
 from moebench.tune.thin import Field, thin
 
 START_DEADLINE_S = 300.0
@@ -38,8 +38,8 @@ def tune(
     interpreter: bool = False,
     max_rounds: int = MAX_ROUNDS,
     seed: int = 0,
-) -> Path:
-    """Race every case on the GPU here and write the tuned file; returns its path.
+) -> Kept:
+    """Race every case on the GPU here and write the tuned file.
 
     Args:
         out: the file; None: the device's name in the current folder.
@@ -63,12 +63,12 @@ def tune(
         left = [case for case in cases if not kept.has(case)]
         progress.started(device["device"], len(cases), len(cases) - len(left))
         for case in left:
-            field = thin([case], device["family"], keep)[0]
+            field = thin([case], device["family"], keep, device["shared_limit"])[0]
             progress.racing(case, field)
             result = _race(case, field, device, log, seed, max_rounds)
             kept.add(case, result)
             progress.done(case, result)
-    return kept.path
+    return kept
 
 
 def _hello(worker: Remote, interpreter: bool) -> dict[str, Any]:
@@ -95,16 +95,27 @@ def _race(case: Case, field: Field, device: dict[str, Any], log: Path, seed: int
         workers.append(Remote(log, {}, "moebench.tune.worker"))
         opened = workers[-1].ask("open", deadline_s=OPEN_DEADLINE_S, case=asdict(case), seed=seed)
         if "reason" in opened:
-            raise RunError(f"{case.name}: {opened['reason']}")
+            raise _NotOpened(opened["reason"])
         return workers[-1]
 
     try:
         return race(start, field.configs, device_kind=device["device_kind"], seed=seed, max_rounds=max_rounds)
-    except WorkerLost as lost:
-        raise RunError(f"{case.name}: {lost.reason}") from None
+    except WorkerLost as lost:  # the race sees to those that a tile has killed
+        return _not_opened(f"{lost.status}: {lost.reason}")
+    except _NotOpened as reason:
+        return _not_opened(str(reason))
     finally:
         for worker in workers:
             worker.kill()
+
+
+class _NotOpened(Exception):
+    """The case's tensors could not be made, for want of memory say."""
+
+
+def _not_opened(reason: str) -> Result:
+    """A case that was not raced; the next ones may be smaller."""
+    return Result(None, None, None, False, [Runner(None, wrong=reason)])
 
 
 def _slug(device: str) -> str:

@@ -31,27 +31,43 @@ class Field:
     faults: dict[str, int] = field(default_factory=dict)
 
 
-def thin(cases: list[Case], family: str, keep: int) -> list[Field]:
+def thin(cases: list[Case], family: str, keep: int, shared_limit: int | None = None) -> list[Field]:
     """The field of each case: at most `keep` candidates by the cost model, all of them compiled for `family`.
+
+    Args:
+        shared_limit: the device's, where it has less shared memory than its family.
 
     Raises:
         RunError: triton is missing.
     """
-    fields = [_by_cost(case, family, keep) for case in cases]
+    fields = [_by_cost(case, family, keep, shared_limit) for case in cases]
     if family != "interpreter":
         _by_compiler(fields, family)
     return fields
 
 
-def _by_cost(case: Case, family: str, keep: int) -> Field:
-    import torch
-
-    from moebench_kernels.tiles import candidates
-
-    every = candidates(case.kind, case.block_m, case.n, case.k, getattr(torch, DTYPES[case.dtype]), family)
+def _by_cost(case: Case, family: str, keep: int, shared_limit: int | None) -> Field:
+    every = _candidates(case, family, shared_limit)
     shipped, *others = every
     others.sort(key=lambda config: estimated_ms(case, config, family))
     return Field(case, [shipped, *others[: keep - 1]], len(every))
+
+
+def _candidates(case: Case, family: str, shared_limit: int | None) -> list[Any]:
+    """The tile that the library would launch, then others."""
+    import torch
+
+    from moebench_kernels.ragged_tiles import ragged_candidates
+    from moebench_kernels.tiles import candidates
+    from moebench_kernels.tuned_tiles import shrunk
+
+    dtype = getattr(torch, DTYPES[case.dtype])
+    if case.weight_gradient:
+        every: list[Any] = ragged_candidates(case.kind, case.k, case.n, dtype, family)
+        return every
+    shipped, *others = candidates(case.kind, case.block_m, case.n, case.k, dtype, family)
+    first = shrunk(shipped, case.block_m, dtype, family, shared_limit)
+    return [first, *(other for other in others if other != first)]
 
 
 def _by_compiler(fields: list[Field], family: str) -> None:
@@ -62,13 +78,14 @@ def _by_compiler(fields: list[Field], family: str) -> None:
         candidates.write_text(json.dumps(entries))
         file.write_text(builds.FILE.format(path=str(candidates)))
         found = audit(Request(files=(str(file),), targets=(family,), all=True))
+    shipped = [each.configs[0] for each in fields]
     for each in fields:
         each.configs = []
     for row in found.rows:
         at, config = listed[int(row["build"])]
-        if row["verdict"] == "ok":
+        if row["verdict"] == "ok" or config is shipped[at]:
             fields[at].configs.append(config)
-        else:
+        if row["verdict"] != "ok":
             why = _kind_of_fault(row)
             fields[at].faults[why] = fields[at].faults.get(why, 0) + 1
 

@@ -6,6 +6,7 @@ Answers one JSON line for each on stdin, as moebench.worker does; the parent nam
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,11 @@ from moebench.measure import latency
 from moebench.measure.device import device_name
 from moebench.measure.errors import NO_ERROR, errors_of, tolerance, verdict
 from moebench.point import DRAWS
-from moebench.routing.patterns import choose_experts
-from moebench.traffic import parse_traffic
-from moebench.tune.case import DTYPES, Case
+from moebench.tune.case import Case
+from moebench.tune.product import Product, product_of
 from moebench.worker import serve_pipe
 
-CHECKED_ROWS = 4096  # of the answer, compared in float64 on the host
+CHECKED_DRAWS = (0, 1)  # two, so that an answer left over from one is wrong for the other
 
 
 class Worker:
@@ -30,6 +30,8 @@ class Worker:
         self.kind = "cuda" if torch.cuda.is_available() else "cpu"
         self.calls: dict[int, latency.Call] = {}
         self.timers: dict[int, latency.Timer] = {}
+        self.product: Product | None = None
+        self.answers: list[tuple[int, Tensor, Tensor]] = []
 
     def hello(self) -> dict[str, Any]:
         """The device and its family of tiles."""
@@ -37,72 +39,55 @@ class Worker:
 
         from moebench.providers.base import source_digest
         from moebench_kernels.grouped_gemm import launch_grouped_gemm
+        from moebench_kernels.ragged_gemm import launch_ragged_tiles
         from moebench_kernels.tiles import device_family
+        from moebench_kernels.tuned_tiles import shared_limit
 
         return {
             "device": device_name(self.kind),
             "device_kind": self.kind,
             "family": device_family(torch.device(self.kind)),
             "triton": triton.__version__,
-            "source": source_digest(launch_grouped_gemm),
+            "source": source_digest(launch_grouped_gemm) + source_digest(launch_ragged_tiles),
+            "shared_limit": shared_limit(torch.device(self.kind)),
         }
 
     def open(self, case: dict[str, Any], seed: int) -> dict[str, Any]:
-        """Weights once, rows and routing in rotating draws, and the right answer to the first of them."""
-        from moebench_kernels import routing_plan
-        from moebench_kernels.activation import activate_torch
-        from moebench_kernels.grouped_gemm import grouped_gemm_torch
-        from moebench_kernels.permute import permute_torch
-
+        """The case's tensors, and the right answer to some of its draws."""
         self.close()
-        self.case = made = Case(**case)
-        generator = torch.Generator().manual_seed(seed)
-        dtype = getattr(torch, DTYPES[made.dtype])
-        shape = (made.experts, made.k, made.n) if made.transpose else (made.experts, made.maps * made.n, made.k)
-        device_generator = torch.Generator(self.kind).manual_seed(seed)
-        self.weights = torch.randn(shape, generator=device_generator, device=self.kind, dtype=dtype) * made.k**-0.5
-        height = made.tokens if made.gather else made.rows
-        traffic = parse_traffic("uniform")
-        ids = [choose_experts(traffic, made.tokens, made.top_k, made.experts, generator) for _ in range(DRAWS)]
-        self.plans = [routing_plan(each.to(self.kind), made.experts) for each in ids]
-        self.rows = [
-            torch.randn(height, made.k, generator=device_generator, device=self.kind, dtype=dtype) for _ in ids
-        ]
-        plan = self.plans[0]
-        rows = permute_torch(self.rows[0], plan) if made.gather else self.rows[0]
-        exact = grouped_gemm_torch(rows.float(), self.weights.float(), plan, transpose=made.transpose)
-        answer = activate_torch(exact, made.activation) if made.activation else exact
-        self.expected = answer[:CHECKED_ROWS].double().cpu()
-        return {"block_m": plan.block_m}
+        product = self.product = product_of(Case(**case), self.kind, seed)
+        self.answers = [(draw, *product.answer(draw)) for draw in CHECKED_DRAWS]
+        return {"block_m": product.plans[0].block_m}
 
     def candidate(self, index: int, config: dict[str, Any]) -> dict[str, Any]:
-        """Compile and run one tile; says what is wrong with its answer, or how long a warm call takes."""
-        from moebench_kernels.grouped_gemm import launch_grouped_gemm
-        from moebench_kernels.tiles import GemmConfig
-
-        made, tile = self.case, GemmConfig(**config)
+        """Compile and run one tile; says what is wrong with its answers."""
+        assert self.product is not None
+        product, tile = self.product, self.product.config_class(**config)
 
         def call(draw: int) -> Tensor:
-            out: Tensor = launch_grouped_gemm(
-                self.rows[draw], self.weights, self.plans[draw],
-                gather=made.gather, transpose=made.transpose, activation=made.activation, config=tile,
-            )[0]  # fmt: skip
-            return out
+            return product.launch(tile, draw)
 
         try:
-            found = call(0)[:CHECKED_ROWS].clone()
-            again = call(0)[:CHECKED_ROWS]
+            wrong = self._wrong(product, call)
         except Exception as error:  # noqa: BLE001 - whatever a tile raises costs only that tile
-            return {"wrong": " ".join(str(error).split())[:200] or type(error).__name__}
-        if not torch.equal(found, again):
-            return {"wrong": "two calls give different answers"}
-        wrong = verdict(errors_of(found, self.expected), tolerance(made.dtype, NO_ERROR))
+            wrong = " ".join(str(error).split())[:200] or type(error).__name__
         if wrong is not None:
             return {"wrong": wrong}
         latency.warm(call, DRAWS, max_seconds=0.5, device_kind=self.kind)
         self.calls[index] = call
         self.timers[index] = latency.make_timer(self.kind, call, DRAWS)
         return {"wrong": None, "timer": self.timers[index].name}
+
+    def _wrong(self, product: Product, call: Callable[[int], Tensor]) -> str | None:
+        for draw, numbers, expected in self.answers:
+            product.poison()
+            found = call(draw)[numbers]
+            if not torch.equal(found, call(draw)[numbers]) and not found.isnan().any():
+                return "two calls give different answers"
+            wrong = verdict(errors_of(found, expected), tolerance(product.case.dtype, NO_ERROR))
+            if wrong is not None:
+                return wrong
+        return None
 
     def burst(self, index: int, count: int, start: int) -> dict[str, Any]:
         """Some samples, in milliseconds of the device."""
@@ -111,8 +96,7 @@ class Worker:
     def close(self) -> dict[str, Any]:
         """Let go of the case."""
         self.calls, self.timers = {}, {}
-        self.weights = self.expected = None
-        self.rows = self.plans = []
+        self.product, self.answers = None, []
         if self.kind == "cuda":
             torch.cuda.empty_cache()
         return {}

@@ -72,6 +72,21 @@ def test_an_existing_file_needs_resume(tmp_path: Path) -> None:
         Kept(path, MADE_WITH, resume=False)
 
 
+@pytest.mark.parametrize("failed", [[{}], ["x"], 3, [{"kind": "rows"}]])
+def test_damaged_failures_are_one_line(tmp_path: Path, failed: object) -> None:
+    path = tmp_path / "t.json"
+    Kept(path, MADE_WITH, resume=False)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"failed": failed}))
+    with pytest.raises(ValueError, match=r"t\.json: failed is no list of objects with kind, dtype"):
+        Kept(path, MADE_WITH, resume=True)
+
+
+def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        Kept(tmp_path / "file" / "t.json", MADE_WITH, resume=False)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": 2}', '{"schema": 1, "entries": 3}'])
 def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "t.json"
