@@ -55,6 +55,7 @@ REFUSED = {
     "inkling": "its router also weighs the shared experts",
     "inkling_mm_model": "its router also weighs the shared experts",
     "inkling2": "its experts cap their gate and up values",
+    "inkling2_loop": "its experts cap their gate and up values",
     "muse_spark": "its experts run in a narrower space behind a projection",
     "qwen4_exp": "its layers join through hyper-connections with extra embeddings",
     "step3p5": "its activation is clamped differently from layer to layer",

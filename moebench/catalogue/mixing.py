@@ -111,13 +111,26 @@ def _deltanet(values: Values, hidden_size: int, layers: int, options: Options) -
     attention = _gqa_layer(values, size, bias)
     if values.flag("attention_bias"):
         attention += size.heads * size.head_dim
+    return full * attention + (layers - full) * _delta_layer(values, hidden_size)
+
+
+def _delta_layer(values: Values, hidden_size: int) -> int:
+    """One Gated DeltaNet mixer: input maps, convolution, decay, gated norm, output map."""
     key_width = values.count("linear_num_key_heads") * values.count("linear_key_head_dim")
     v_heads, v_dim = values.count("linear_num_value_heads"), values.count("linear_value_head_dim")
     v_width = v_heads * v_dim
     inputs = hidden_size * (2 * key_width + 2 * v_width + 2 * v_heads)
     conv = (2 * key_width + v_width) * values.count("linear_conv_kernel_dim")
-    delta = inputs + conv + 2 * v_heads + v_dim + v_width * hidden_size
-    return full * attention + (layers - full) * delta
+    return inputs + conv + 2 * v_heads + v_dim + v_width * hidden_size
+
+
+def _lara(values: Values, hidden_size: int, layers: int, options: Options) -> int:
+    """Gated DeltaNet layers beside sliding and full attention without an output gate, in fives (Lara Mini)."""
+    fives = ("linear_attention", "sliding_attention", "linear_attention", "full_attention", "sliding_attention")
+    default = [fives[i % len(fives)] for i in range(layers)]
+    linears = _layer_types(values, layers, default).count("linear_attention")
+    attention = _gqa_layer(values, heads(values, hidden_size), options)
+    return linears * _delta_layer(values, hidden_size) + (layers - linears) * attention
 
 
 def _lightning(values: Values, hidden_size: int, layers: int, options: Options) -> int:
@@ -167,6 +180,7 @@ _RULES: dict[str, Callable[[Values, int, int, Options], int]] = {
     "gqa": _gqa,
     "mla": _mla,
     "deltanet": _deltanet,
+    "lara": _lara,
     "lightning": _lightning,
     "jamba": _jamba,
     "t5": _t5,

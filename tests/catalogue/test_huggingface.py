@@ -155,6 +155,27 @@ def test_kimi_k2_is_a_deepseek_v3(tmp_path: Path) -> None:
     assert spec.computed_total == pytest.approx(1026.4e9, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "more"), [("sarvam_moe", {"use_qkv_bias": True}), ("sarvam_mla", {"head_dim": 576})]
+)
+def test_sarvams_own_spellings_are_read(model_type: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """Its makers' files count experts as num_experts and num_shared_experts."""
+    sizes = {"num_experts": 24, "num_shared_experts": 3, "num_hidden_layers": 4, **more}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": model_type} | sizes))
+    layer = read_config(path).layers[0].layer
+    assert (layer.routed_experts, layer.shared_experts, layer.router.scale) == (24, 3, 2.5)
+    compare(model_type, tiny.config_of(model_type, **sizes), path)
+
+
+def test_hy_v4_vl_is_read_through_its_text_part(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "hy_v4_vl", "text_config": {"n_routed_experts": 24}}))
+    spec = read_config(path)
+    assert (spec.title, spec.layers[0].layer.routed_experts, spec.moe_layers) == ("hy_v4_vl_text", 24, 77)
+    assert spec.layers[0].layer.activation == "clamped_swiglu"
+
+
 # What each family's router is, in the words of its transformers code; the counts above cannot see it.
 ROUTERS = {
     "mixtral": ("topk_softmax", True), "gpt_oss": ("topk_softmax", True), "granitemoe": ("topk_softmax", True),
@@ -167,6 +188,8 @@ ROUTERS = {
     "ernie4_5_moe": ("softmax_bias", True), "longcat_flash": ("softmax_bias_zero", False),
     "deepseek_v4": ("sqrt_softplus_bias", True), "lfm2_moe": ("sigmoid_bias", True),
     "cohere2_moe": ("topk_softmax", True), "mistral4": ("softmax_topk", True), "afmoe": ("sigmoid_bias", True),
+    "hy_v4_vl_text": ("sigmoid_bias", True), "lara_mini": ("softmax_topk", True),
+    "sarvam_mla": ("sigmoid_bias", True), "sarvam_moe": ("sigmoid_bias", True),
 }  # fmt: skip
 
 

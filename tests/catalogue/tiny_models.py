@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 # What keeps a default model small enough to build fast, and what a class cannot do without.
@@ -37,14 +38,23 @@ CLASSES = {
                             "SwitchTransformersForConditionalGeneration"),
     "unlimited_ocr_text": ("unlimited_ocr", "UnlimitedOcrTextConfig", "UnlimitedOcrTextModel"),
 }  # fmt: skip
+# Families that older transformers releases, which we also support, do not have: the first release with each.
+FIRST_IN = dict.fromkeys(("hy_v4_vl_text", "lara_mini", "sarvam_mla", "sarvam_moe"), (5, 24))
 DEPTH = 6
 VOCABULARY = 300_000  # above every default padding id
 
 
 def config_of(model_type: str, **changed: Any) -> Any:
-    """A transformers config of `model_type`: its own defaults but for the depth, what `NEEDED` says, and `changed`."""
+    """A transformers config of `model_type`: its own defaults but for the depth, what `NEEDED` says, and `changed`.
+
+    Skips the test where the installed transformers is older than the family.
+    """
+    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if installed < FIRST_IN.get(model_type, (0, 0)):
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     cls = _named(model_type, 1) if model_type in CLASSES else CONFIG_MAPPING[model_type]
     keys = dict(NEEDED.get(model_type, {}))
     if model_type not in ("nllb-moe", "switch_transformers", "nemotron_h"):
@@ -141,6 +151,17 @@ SHARED_SIZES: dict[str, dict[str, Any]] = {
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 3, "num_heads": 8},
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 4},
     "nemotron_h": {"moe_shared_expert_intermediate_size": 640},
+    "hy_v4_vl_text": {"n_shared_experts": 2, "mlp_layer_types": ["dense", "dense", *["sparse"] * 4]},
+    "lara_mini": {
+        "shared_expert_intermediate_size": 640,
+        "layer_types": ["linear_attention"] * 4 + ["full_attention", "sliding_attention"],
+        "linear_num_key_heads": 4,
+        "linear_value_head_dim": 64,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "sarvam_mla": {"n_shared_experts": 2, "q_lora_rank": 768, "attention_bias": True, "first_k_dense_replace": 2},
+    "sarvam_moe": {"n_shared_experts": 2, "use_qk_norm": False, "attention_bias": True, "head_dim": 96},
 }
 
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num")
