@@ -23,7 +23,11 @@ import click
 )
 @click.option("--jobs", "-j", type=click.IntRange(0, 512), default=0, help="Compiles at a time.  [default: one a CPU]")
 @click.option(
-    "--timeout", type=click.FloatRange(1, 86400), default=300.0, show_default=True, help="Seconds for one compile."
+    "--timeout",
+    type=click.FloatRange(1, 86400),
+    default=300.0,
+    show_default=True,
+    help="Seconds for one compile; also to run one FILE.",
 )
 @click.option("--json", "as_json", is_flag=True, help="A list of flat objects on stdout.")
 def audit(
@@ -58,7 +62,9 @@ def audit(
 
     if out is not None:
         require_run(out)
-    request = Request(files, _split(targets), _split(kernels), all=every, jobs=jobs, timeout_s=timeout)
+    request = Request(
+        files, _split(targets), _split(kernels), all=every, jobs=jobs, timeout_s=timeout, load_timeout_s=timeout
+    )
     with Bar() as bar:
         found = audited(request, bar)
     if out is not None:
@@ -73,4 +79,5 @@ def audit(
 
 
 def _split(given: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for text in given for name in text.split(",") if name)
+    """Names of all; a text without any stays, as a name that nothing has: it must not mean "all"."""
+    return tuple(name for text in given for name in [each for each in text.split(",") if each] or [text])

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,20 @@ def cache_folder() -> Path:
 
 
 class Cache:
-    """A folder of facts. A damaged file is as good as none; a folder that cannot be written keeps nothing."""
+    """A folder of facts. A damaged file is as good as none; a folder that cannot be written keeps nothing.
 
-    def __init__(self, folder: Path, fields: frozenset[str]) -> None:
+    `sound` tells facts from what only reads as JSON.
+    """
+
+    def __init__(self, folder: Path, sound: Callable[[Any], bool]) -> None:
         self.folder = folder
-        self._fields = fields
+        self._sound = sound
 
     def get(self, key: str) -> dict[str, Any] | None:
         """What was kept under a key, or None."""
-        with contextlib.suppress(OSError, ValueError):
-            kept = json.loads(self._path(key).read_text())
-            if isinstance(kept, dict) and kept.keys() == self._fields:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            kept: dict[str, Any] = json.loads(self._path(key).read_text())
+            if self._sound(kept):
                 return kept
         return None
 

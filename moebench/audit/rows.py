@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 from moebench.audit.judging import faults_of
 from moebench.audit.limits import LIMITS, occupancy, register_cap
@@ -10,8 +10,17 @@ from moebench.audit.readers import Facts
 
 Row = dict[str, Any]
 
-FACTS = tuple(Facts.__annotations__)
+KINDS = get_type_hints(Facts)
+FACTS = tuple(KINDS)
 LIMITED = ("register_limit", "shared_limit_bytes", "ctas_per_sm", "warps_per_sm", "occupancy", "occupancy_bound")
+
+
+def are_facts(found: Any) -> bool:
+    """Whether what was read from a file can be judged: every fact there, of its type, no count below nothing."""
+    if not isinstance(found, dict) or found.keys() != KINDS.keys():
+        return False
+    right = all(isinstance(found[name], kind) and not isinstance(found[name], bool) for name, kind in KINDS.items())
+    return right and found["warps"] > 0 and min(value for value in found.values() if isinstance(value, int)) >= 0
 
 
 def make_row(listed: Row, answer: Row) -> Row:

@@ -1,51 +1,35 @@
 """The process that compiles: imports the kernel files once, then forks for every build, so none can hurt another.
 
 Reads one request from stdin (a JSON line) and writes one JSON object a line to stdout. Run with TRITON_INTERPRET unset.
-When stdin closes, the parent is gone: everything still compiling is killed.
+When stdin closes, the parent is gone: everything still running is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import fnmatch
-import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moebench.audit.cache import Cache, cache_folder
-from moebench.audit.declared import Wrong, builds_of, shipped_files
-from moebench.audit.readers import Facts
+from moebench.audit.choosing import Job, at_home, load
+from moebench.audit.declared import Wrong
+from moebench.audit.link import Link, end_group
+from moebench.audit.rows import are_facts
 
-if TYPE_CHECKING:
-    from moebench_kernels.build import Build
-
-Say = Callable[[dict[str, Any]], None]
 FORK = multiprocessing.get_context("fork") if sys.platform != "win32" else None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One build for one target."""
-
-    number: int
-    file: str
-    build: Build
-    target: str
-    key: str | None  # None: it cannot even be hashed, and compiling will say why
 
 
 @dataclass
@@ -58,82 +42,18 @@ class Running:
     began: float
 
 
-def select(files: list[tuple[str, list[Build]]], request: dict[str, Any]) -> list[tuple[str, Build, str]]:
-    """(file, build, target) as asked: by target, by pattern, and one config a kernel and target unless all:
-    the first of those that expect most.
-
-    Raises:
-        Wrong: nothing is left.
-    """
-    targets, patterns = request["targets"], request["kernels"]
-    every = [(file, build, target) for file, builds in files for build in builds for target in build.targets]
-    for pattern in patterns:
-        if not any(_matches(build, pattern) for _, build, _ in every):
-            names = sorted({build.kernel.__name__ for _, build, _ in every})
-            raise Wrong([f"no kernel or build is like {pattern!r}; the kernels are: {', '.join(names)}"])
-    chosen = [
-        each
-        for each in every
-        if (not targets or each[2] in targets) and (not patterns or any(_matches(each[1], p) for p in patterns))
-    ]
-    if not chosen:
-        raise Wrong([f"no build is meant for {', '.join(targets)}"])
-    if request["all"]:
-        return chosen
-    # The one that expects most is the one with most to lose: a large tile rather than a small or an odd one.
-    one: dict[tuple[str, str, str], tuple[str, Build, str]] = {}
-    for file, build, target in chosen:
-        same = (file, build.kernel.__name__, target)
-        if same not in one or len(build.expect) > len(one[same][1].expect):
-            one[same] = (file, build, target)
-    return list(one.values())
-
-
-def _matches(build: Build, pattern: str) -> bool:
-    wanted = pattern.lower() if any(sign in pattern for sign in "*?[") else f"*{pattern.lower()}*"
-    return any(fnmatch.fnmatchcase(name.lower(), wanted) for name in (build.name, build.kernel.__name__))
-
-
-def load(request: dict[str, Any], say: Say) -> list[Job]:
-    """Import every file and choose the jobs.
-
-    Raises:
-        Wrong: with the faults of all files.
-    """
-    files, wrong = [], []
-    for path in [Path(name) for name in request["files"]] or shipped_files():
-        say({"loading": str(path)})
-        try:
-            files.append((str(path), builds_of(path)))
-        except Wrong as fault:
-            wrong += fault.lines
-    if wrong:
-        raise Wrong(wrong)
-    chosen = select(files, request)
-    return [Job(at, file, build, target, _key(build, target)) for at, (file, build, target) in enumerate(chosen)]
-
-
-def _key(build: Build, target: str) -> str | None:
-    from moebench.audit.compiling import key_of
-
-    try:
-        return key_of(build, target)
-    except Exception:  # noqa: BLE001 - Triton reads the source here, and may find fault with it
-        return None
-
-
-def compile_all(jobs: list[Job], request: dict[str, Any], say: Say) -> None:
-    """Every job, some at a time; an answer as each ends."""
+def compile_all(jobs: list[Job], request: dict[str, Any], link: Link) -> None:
+    """Every job, some at a time; who compiles as each begins, an answer as each ends."""
     from moebench.audit.compiling import warm_up
 
-    cache = Cache(cache_folder(), frozenset(Facts.__annotations__))
+    cache = Cache(cache_folder(), are_facts)
     waiting, running = deque[Job](), dict[Connection, Running]()
     for job in jobs:
         if job.key and (kept := cache.get(job.key)):
-            say(_answer(job, facts=kept, cached=True))
+            link.say(_answer(job, facts=kept, cached=True))
         else:
             waiting.append(job)
-    scratch = Path(tempfile.mkdtemp(prefix="moebench-audit-"))
+    scratch = Path(request["scratch"])
     os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")  # triton insists on one; the user's stays as it is
     try:
         warm_up(job.target for job in waiting)
@@ -141,15 +61,16 @@ def compile_all(jobs: list[Job], request: dict[str, Any], say: Say) -> None:
             while waiting and len(running) < request["jobs"]:
                 connection, started = _start(waiting.popleft(), scratch)
                 running[connection] = started
-            for connection, ended in list(_ended(running, request["timeout_s"])):
+                link.say({"compiling": started.job.number, "group": started.process.pid})
+            for connection, ended in list(_ended(running, request["timeout_s"], link)):
                 del running[connection]
-                say(ended)
+                link.say(ended)
                 if "facts" in ended and (key := jobs[ended["number"]].key):
                     cache.put(key, ended["facts"])
     finally:
         for left in running.values():
             _kill(left.process)
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)  # the parent's, but it may be gone
 
 
 def _start(job: Job, scratch: Path) -> tuple[Connection, Running]:
@@ -159,19 +80,28 @@ def _start(job: Job, scratch: Path) -> tuple[Connection, Running]:
     process = FORK.Process(target=_compile, args=(job, theirs, log), daemon=True)
     process.start()
     theirs.close()
+    _lead_group(process.pid)
     return ours, Running(job, process, log, time.monotonic())
+
+
+def _lead_group(pid: int | None) -> None:
+    """So that ptxas dies with the compile; done on both sides of the fork, whichever comes first."""
+    with contextlib.suppress(OSError):
+        os.setpgid(pid or 0, 0)
 
 
 def _compile(job: Job, out: Connection, log: Path) -> None:
     """In the fork: one compile, its answer, and the end."""
-    os.setpgid(0, 0)  # so that ptxas dies with it
+    _lead_group(0)
+    os.register_at_fork(after_in_child=out.close)  # so that its death is seen, whatever it has started
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     from moebench.audit.compiling import compile_build
 
     try:
-        facts, compile_ms = compile_build(job.build, job.target)
+        with at_home(job.home):
+            facts, compile_ms = compile_build(job.build, job.target)
         out.send({"facts": facts, "compile_ms": compile_ms})
     except BaseException as error:  # noqa: BLE001 - whatever a compiler raises is a row of the table
         out.send({"error": one_line(error)})
@@ -179,12 +109,14 @@ def _compile(job: Job, out: Connection, log: Path) -> None:
     os._exit(0)  # nothing of the parent's is to be cleaned up here
 
 
-def _ended(running: dict[Connection, Running], timeout_s: float) -> Iterator[tuple[Connection, dict[str, Any]]]:
+def _ended(
+    running: dict[Connection, Running], timeout_s: float, link: Link
+) -> Iterator[tuple[Connection, dict[str, Any]]]:
     if not running:
         return
     first = min(each.began for each in running.values())
-    ready = wait([*running, sys.stdin.fileno()], timeout=max(0.0, first + timeout_s - time.monotonic()))
-    if sys.stdin.fileno() in ready:
+    ready = wait([*running, link.fileno()], timeout=max(0.0, first + timeout_s - time.monotonic()))
+    if link.fileno() in ready:
         raise KeyboardInterrupt  # the parent has closed the pipe, or died
     for connection, each in running.items():
         if connection in ready:
@@ -198,9 +130,10 @@ def _result(connection: Connection, each: Running) -> dict[str, Any]:
     try:
         said = connection.recv()
     except (EOFError, OSError):
-        each.process.join()
+        said = None
+    _kill(each.process)  # it is done, or dead and its exit code known; what it has started may live on
+    if said is None:
         return _answer(each.job, error=_obituary(each))
-    each.process.join()
     if "error" in said and (more := _complaint(each.log)):
         said["error"] += f" ({more})"
     return _answer(each.job, **said)
@@ -253,39 +186,34 @@ def listing(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def serve(request: dict[str, Any], say: Say) -> None:
+def serve(request: dict[str, Any], link: Link) -> None:
     """Answer one request."""
     try:
         import triton  # noqa: F401
     except Exception as error:  # noqa: BLE001 - a broken install raises anything
-        say({"unavailable": f"triton cannot be imported: {' '.join(str(error).split())[:300]}"})
+        link.say({"unavailable": f"triton cannot be imported: {' '.join(str(error).split())[:300]}"})
         return
-    signal.alarm(max(1, int(request["load_timeout_s"])))  # a file that never ends loading; SIGALRM ends the process
     try:
-        jobs = load(request, say)
+        with link.ends_with_parent():
+            jobs = load(request, link.say)
     except Wrong as wrong:
-        say({"wrong": wrong.lines})
+        link.say({"wrong": wrong.lines})
         return
-    signal.alarm(0)
     from moebench.audit.compiling import versions
 
-    say({"listed": [listing(job) for job in jobs], "versions": versions()})
-    compile_all(jobs, request, say)
+    link.say({"listed": [listing(job) for job in jobs], "versions": versions()})
+    compile_all(jobs, request, link)
 
 
 def main() -> None:
     """One request on stdin, answers on stdout."""
     faulthandler.enable()
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # a user file's prints must not look like answers
-
-    def say(message: dict[str, Any]) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
-
-    request = json.loads(sys.stdin.readline())
-    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
-        serve(request, say)
+    link = Link()
+    try:
+        serve(link.request(), link)
+    except (KeyboardInterrupt, BrokenPipeError):  # the parent is gone
+        end_group()
+    os._exit(0)  # a thread that a file has started would be waited for
 
 
 if __name__ == "__main__":

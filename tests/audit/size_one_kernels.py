@@ -8,7 +8,7 @@ from moebench.audit.declared import builds_of, shipped_files
 def builds():
     first = {}
     for path in shipped_files():
-        for build in builds_of(path):
+        for build in builds_of(path.resolve(), str(path)):
             if "sm_80" in build.targets:
                 first.setdefault(build.kernel.__name__, build)
     return [with_ones(build) for build in first.values()]

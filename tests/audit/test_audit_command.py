@@ -94,7 +94,11 @@ def test_without_all_it_is_one_config_of_each_kernel_and_target(rows):
     ("words", "line"),
     [
         (("--target", "sm90"), "unknown target 'sm90' (allowed: sm_80, sm_90, sm_100, gfx942, gfx950)"),
+        (("--target", ""), "unknown target '' (allowed: sm_80, "),
         (("none.py",), "none.py: no such file"),
+        (("folder.py",), "folder.py: is a folder, not a file (allowed: a .py file)"),
+        (("/dev/null",), "/dev/null: is a device or pipe, not a file (allowed: a .py file)"),
+        (("text.txt",), "text.txt: is not a .py file (allowed: a Python file, named *.py)"),
         ((KERNELS, "--kernel", "conv"), "no kernel or build is like 'conv'; the kernels are: calls_python, copy, "),
         ((HANGING, "--target", "sm_90"), "no build is meant for sm_90"),
         (("--out", "."), ".: not a run directory (it has no manifest.json)"),
@@ -102,6 +106,8 @@ def test_without_all_it_is_one_config_of_each_kernel_and_target(rows):
 )
 def test_a_mistake_is_one_line(rows, monkeypatch, tmp_path, words, line):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "text.txt").write_text("")
     result = cli(*words)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -168,6 +174,38 @@ BAD = {
     "expect.py": (
         HEAD + "BUILDS = [Build('b', copy, TYPES, ONE, expect=('hmma',))]",
         "expect: found 'hmma' (allowed: mma, wgmma, tcgen05, mfma, tma)",
+    ),
+    "named.py": (
+        HEAD + "BUILDS = [Build(5, copy, TYPES, ONE)]", "build number 1: name: found 5 (allowed: a text of one line)",
+    ),
+    "list.py": (
+        HEAD + "BUILDS = [Build('b', copy, [1], ONE)]",
+        "build 'b': signature: found [1] (allowed: a dict, argument: type)",
+    ),
+    "none.py": (
+        HEAD + "BUILDS = [Build('b', copy, TYPES, None)]",
+        "build 'b': constants: found None (allowed: a dict, argument: value)",
+    ),
+    "nowhere.py": (
+        HEAD + "BUILDS = [Build('b', copy, TYPES, ONE, None)]",
+        f"targets: found None (allowed: a tuple of {TARGETS})",
+    ),
+    "nothashed.py": (HEAD + "BUILDS = [Build('b', copy, TYPES, ONE, ([],))]", "targets: unknown target [] (allowed: "),
+    "unexpected.py": (
+        HEAD + "BUILDS = [Build('b', copy, TYPES, ONE, expect=None)]",
+        "expect: found None (allowed: a tuple of ",
+    ),
+    "true.py": (
+        HEAD + "BUILDS = [Build('b', copy, TYPES, ONE, num_warps=True)]",
+        "num_warps: found True (allowed: 1, 2,",
+    ),
+    "float.py": (
+        HEAD + "BUILDS = [Build('b', copy, TYPES, ONE, num_warps=4.0)]",
+        "num_warps: found 4.0 (allowed: 1, 2,",
+    ),
+    "bare.py": (
+        HEAD + "BUILDS = [Build('b', copy, TYPES, ONE, unaligned='n')]",
+        "unaligned: found 'n' (allowed: a tuple of names of arguments)",
     ),
     "python.py": (
         HEAD + "BUILDS = [Build('b', copy.fn, TYPES, ONE)]",
