@@ -20,7 +20,7 @@ WORKERS_SIDE = {
     "answer", "arm", "check", "check_stages", "oracle", "probe", "worker", "workload", "yardsticks",
     "providers", "routing", "measure",
 }  # fmt: skip
-OTHER_WORKERS = {"tune.worker"}
+OTHER_WORKERS = {"tune.product", "tune.worker"}
 NAMED = {"cli", "catalogue", "suite", "work", "point", "record", "analyse", "report", "run", "api", "measure.latency"}
 
 
