@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from watching import gone, within
 
 from moebench.audit.run import Request, audit
 from moebench.cli import main
@@ -29,21 +30,6 @@ def cli(*words):
 
 def ours(result):
     return [line.removeprefix("moebench: ") for line in result.stderr.splitlines() if line.startswith("moebench: ")]
-
-
-def gone(pid):
-    """Whether a process is no more, or waits only to be reaped."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
-
-
-def within(seconds, condition):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 # What it prints

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from watching import gone, within
 
 from moebench.audit.rows import are_facts
 from moebench.audit.run import Request, audit
@@ -75,13 +76,6 @@ def test_input_finds_nothing_and_a_sleeping_child_is_not_waited_for(tmp_path):
     assert time.monotonic() - begin < 30
 
 
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_a_file_that_never_ends_goes_with_the_audit(tmp_path, sign):
     pid = tmp_path / "pid"
@@ -89,14 +83,10 @@ def test_a_file_that_never_ends_goes_with_the_audit(tmp_path, sign):
     (tmp_path / "endless.py").write_text(endless)
     words = [sys.executable, "-m", "moebench", "audit", str(tmp_path / "endless.py")]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
-    begin = time.monotonic()
-    while not (pid.exists() and pid.read_text()) and time.monotonic() - begin < 60:
-        time.sleep(0.05)
+    assert within(60, lambda: pid.exists() and pid.read_text())
     process.send_signal(sign)
     begin = time.monotonic()
     process.communicate(timeout=30)
     assert process.returncode == (130 if sign == signal.SIGINT else -sign)
-    while alive(pid.read_text()) and time.monotonic() - begin < 8:
-        time.sleep(0.05)
-    assert not alive(pid.read_text())
+    assert within(8, lambda: gone(pid.read_text()))
     assert time.monotonic() - begin < 8

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from watching import gone, stat, within
 
 from moebench.audit.run import Request, audit
 
@@ -36,22 +37,6 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEBENCH_CACHE", str(tmp_path / "cache"))
 
 
-def stat(pid):
-    """State and parent of a process; one that waits only to be reaped, or is no more, is "X"."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except OSError:
-        return "X", 0
-    return state.replace("Z", "X"), int(parent)
-
-
-def within(seconds, condition):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
-
-
 def test_the_workers_death_ends_the_compile_and_the_audit(tmp_path):
     pids = tmp_path / "pids"
     process = subprocess.Popen(
@@ -65,7 +50,7 @@ def test_the_workers_death_ends_the_compile_and_the_audit(tmp_path):
         _, said = process.communicate(timeout=10)
     finally:
         process.kill()
-    assert within(5, lambda: stat(compiler)[0] == stat(child)[0] == "X")
+    assert within(5, lambda: gone(compiler) and gone(child))
     assert process.returncode == 1
     assert said.strip() == "moebench: the audit's worker ended with signal SIGKILL"
 
@@ -81,7 +66,7 @@ def test_a_second_worker_and_a_thread_of_a_file_are_not_waited_for(tmp_path):
     (row,) = audit(Request((str(tmp_path / "forks.py"),))).rows
     assert row["verdict"] == "ok"
     assert time.monotonic() - begin < 30
-    assert within(5, lambda: {stat(pid)[0] for pid in (tmp_path / "forks.py.pids").read_text().split()} == {"X"})
+    assert within(5, lambda: all(map(gone, (tmp_path / "forks.py.pids").read_text().split())))
 
 
 def test_what_is_imported_while_compiling_is_the_files_own(tmp_path):
