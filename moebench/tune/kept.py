@@ -21,6 +21,10 @@ KEY = ("kind", "dtype", "block_m", "n", "k")
 SAME = ("device", "device_family", "triton", "source")
 
 
+def _has_key(row: Any) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(name), str | int) for name in KEY)
+
+
 class Kept:
     """A tuned file under construction."""
 
@@ -82,7 +86,7 @@ class Kept:
                     "choose another --out"
                 )
         failed = content.setdefault("failed", [])
-        if not isinstance(failed, list) or not all(isinstance(row, dict) and row.keys() >= set(KEY) for row in failed):
+        if not isinstance(failed, list) or not all(map(_has_key, failed)):
             raise ValueError(f"{self.path}: failed is no list of objects with {', '.join(KEY)}")
         return content
 

@@ -72,7 +72,9 @@ def test_an_existing_file_needs_resume(tmp_path: Path) -> None:
         Kept(path, MADE_WITH, resume=False)
 
 
-@pytest.mark.parametrize("failed", [[{}], ["x"], 3, [{"kind": "rows"}]])
+@pytest.mark.parametrize(
+    "failed", [[{}], ["x"], 3, [{"kind": "rows"}], [{"kind": [], "dtype": 1, "block_m": 1, "n": 1, "k": 1}]]
+)
 def test_damaged_failures_are_one_line(tmp_path: Path, failed: object) -> None:
     path = tmp_path / "t.json"
     Kept(path, MADE_WITH, resume=False)
