@@ -119,7 +119,7 @@ def write_trace(path: Path, trace: Trace) -> Path:
         save_file(arrays, partial, metadata=metadata)
         os.replace(partial, path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: cannot be written: {_one_line(error)}") from None
+        raise ValueError(f"{path}: cannot be written: {one_line(error)}") from None
     finally:
         partial.unlink(missing_ok=True)
     return path
@@ -172,12 +172,12 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         file: Any = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a trace, or damaged: {_one_line(error)}") from None
+        raise ValueError(f"{path}: not a trace, or damaged: {one_line(error)}") from None
     try:
         with file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged: {_one_line(error)}") from None
+        raise ValueError(f"{path}: damaged: {one_line(error)}") from None
 
 
 def _facts(metadata: Mapping[str, str] | None, path: Path) -> tuple[Facts, str]:
@@ -306,5 +306,6 @@ def _checksum(facts: str, arrays: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error of a library as part of a line."""
     return printable(" ".join(str(error).split()))
