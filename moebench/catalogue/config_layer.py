@@ -10,6 +10,7 @@ from moebench.catalogue.values import Values
 
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_new": "geglu", "gelu_pytorch_tanh": "geglu"}
 PLAIN = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu", "silu": "silu", "swish": "silu", "relu2": "relu2"}
+CLAMP = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}  # clamped_swiglu has these, and no other
 
 
 def layer_of(family: Family, values: Values, hidden_size: int) -> LayerSpec:
@@ -23,7 +24,7 @@ def layer_of(family: Family, values: Values, hidden_size: int) -> LayerSpec:
     top_k = values.same_count(picks) if picks != family.top_k else values.count(picks)
     if top_k > experts:
         raise values.fault(picks, top_k, f"at most the {experts} experts ({family.experts.split('|')[0]})")
-    activation, expert_bias = _activation(family, values)
+    activation, limit = _activation(family, values)
     count, width, combine = _shared(family, values)
     return LayerSpec(
         hidden_size=hidden_size,
@@ -31,7 +32,8 @@ def layer_of(family: Family, values: Values, hidden_size: int) -> LayerSpec:
         routed_experts=experts,
         top_k=top_k,
         activation=activation,
-        expert_bias=expert_bias,
+        activation_limit=limit,
+        expert_bias=family.activation.split()[0].endswith("_biased"),
         router=_router(family, values, experts),
         shared_experts=count,
         shared_ffn_size=width,
@@ -39,23 +41,31 @@ def layer_of(family: Family, values: Values, hidden_size: int) -> LayerSpec:
     )
 
 
-def _activation(family: Family, values: Values) -> tuple[str, bool]:
+def _activation(family: Family, values: Values) -> tuple[str, float | None]:
+    """The activation's name, and its limit where it has one of its own."""
     rule, _, key = family.activation.partition(" ")
-    if rule == "clamped_biased":
-        return "clamped_swiglu", True
-    if rule == "clamped":
-        return ("swiglu" if values.raw(key) is None else "clamped_swiglu"), False
+    if rule == "limited":
+        # No limit, or one of 0: both are how the makers' files leave it out.
+        return ("limited_swiglu", values.number(key)) if values.raw(key) else ("swiglu", None)
+    if rule.startswith("clamped"):
+        for name, value in CLAMP.items():
+            if values.number(name) != value:
+                raise values.fault(name, values.raw(name), f"{value:g}")
+        return "clamped_swiglu", None
     if rule == "swiglu":
-        return "swiglu", False
+        return "swiglu", None
     table = GATED if rule == "gated" else PLAIN
     name = values.text(key)
     if name not in table:
         raise values.fault(key, name, f"one of {', '.join(table)}")
-    return table[name], rule == "plain_biased"
+    return table[name], None
 
 
 def _shared(family: Family, values: Values) -> tuple[int, int, str]:
     rule, *keys = family.shared.split()
+    biased = "use_bias" if family.model_type == "ernie4_5_moe" else "mlp_bias"
+    if values.flag(biased):
+        raise values.fault(biased, True, "false: biases in shared experts are not expressible here")
     if rule == "none":
         return 0, 0, "none"
     if rule in ("one", "gate"):
@@ -80,11 +90,28 @@ def _router(family: Family, values: Values, experts: int) -> RouterSpec:
     return RouterSpec(
         kind=kind,
         normalise=_normalise(family, values, kind),
-        scale=1.0 if not family.scale or values.raw(family.scale) is None else values.number(family.scale),
+        scale=_scale(family, values),
         groups=groups if grouped else 1,
         topk_groups=topk_groups if grouped else 1,
-        logit_bias=family.activation == "clamped_biased",
+        logit_bias=family.activation == "clamped_biased" or _router_bias(family, values),
+        zero_experts=(values.optional_count("zero_expert_num") or 0) if kind == "softmax_bias_zero" else 0,
     )
+
+
+def _router_bias(family: Family, values: Values) -> bool:
+    # LongCat's code makes the bias of this name and never adds it.
+    return family.model_type != "longcat_flash" and values.flag("router_bias")
+
+
+def _scale(family: Family, values: Values) -> float:
+    rule, _, masked = family.scale.partition(" ")
+    if rule != "kept":
+        return 1.0 if not rule or values.raw(rule) is None else values.number(rule)
+    # NLLB masks this share of the experts' outputs in training; its inference multiplies all of them by the rest.
+    share = values.number(masked) if values.raw(masked) else 0.0
+    if share >= 1:
+        raise values.fault(masked, share, "a number under 1")
+    return 1.0 - share
 
 
 def _normalise(family: Family, values: Values, kind: str) -> bool:

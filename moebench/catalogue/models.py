@@ -31,8 +31,9 @@ ROUTER_KINDS = {
     # The released 32- and 64-expert configurations keep Tutel's linear gate; the cosine ones are separate files.
     "softmax top-1, linear or cosine gate (Tutel)": ("switch_top1", False),
     "noisy top-k (Gaussian noise std 1/E added to logits; softmax then top-k)": ("noisy_softmax_topk", False),
-    "noisy top-k balanced gate": ("noisy_topk", False),
-    "noisy top-k balanced gate (two-layer tanh gate network), softmax over the top-k": ("noisy_topk", False),
+    # All three LLaMA-MoE models are of one released code, whose gate has two layers.
+    "noisy top-k balanced gate": ("noisy_topk_tanh", False),
+    "noisy top-k balanced gate (two-layer tanh gate network), softmax over the top-k": ("noisy_topk_tanh", False),
     "topk-then-softmax (equivalently softmax-then-topk renormalised)": ("topk_softmax", False),
     "topk-then-softmax (Mixtral style)": ("topk_softmax", False),
     "topk-then-softmax; router has a bias": ("topk_softmax", True),
@@ -63,8 +64,9 @@ ACTIVATION_NAMES = {
     "relu": "relu",
     "gelu": "gelu",
     "clamped swiglu (limit 7, with +1 on the linear branch)": "clamped_swiglu",
-    "clamped swiglu (limit 10)": "clamped_swiglu",
+    "clamped swiglu (limit 10)": "limited_swiglu",
 }
+ACTIVATION_LIMITS = {"clamped swiglu (limit 10)": 10.0}
 # How the shared expert joins, for every row that has one.
 SHARED_FORMS = {
     "grok-2": "scaled_residual",
@@ -215,6 +217,7 @@ def _layer(
         routed_experts=int(row["routed_experts"]),
         top_k=int(row["top_k"]),
         activation=ACTIVATION_NAMES[row["expert_activation"]],
+        activation_limit=ACTIVATION_LIMITS.get(row["expert_activation"]),
         expert_bias=row["id"] in EXPERT_BIASES,
         router=router,
         shared_experts=shared_experts,
