@@ -1,97 +1,86 @@
-"""Capacity: how many slots an expert has, and who gets them."""
+"""A routing under a capacity rule: what is kept, what was wanted. The rules alone are in tests/routing."""
 
 from __future__ import annotations
 
-import math
-from fractions import Fraction
-
 import pytest
 import torch
-from core_arms import layer_of
 from torch import Tensor
 
-from moebench.routing import apply_capacity, capacity_slots, route_problem
+from moebench.point import DROP_ORDERS, Capacity
+from moebench.routing import capacity_slots
 from moebench.routing.build import with_capacity
-from moebench.routing.capacity import position_in_expert
-from moebench.traffic import parse_traffic
+from moebench.routing.forms import Mix, Ragged, TopK, active_experts, load_max_over_mean, top_k_routing
 
-FACTORS = ["0.25", "0.5", "0.9", "1", "1.1", "1.2", "1.25", "1.3", "1.7", "2", "2.2", "3.3", "100"]
-
-
-@pytest.mark.parametrize("factor", FACTORS)
-def test_slots_are_the_exact_ceiling(factor: str) -> None:
-    """Against exact fractions, since 1.1 * 100 / 11 is a little over 10 in binary."""
-    for tokens in (1, 5, 10, 11, 16, 64, 100, 1000, 4096, 65536, 1_000_000):
-        for top_k, experts in ((1, 1), (1, 11), (2, 8), (4, 60), (6, 160), (8, 64), (8, 128), (22, 512)):
-            exact = max(1, math.ceil(Fraction(factor) * top_k * tokens / experts))
-            assert capacity_slots(float(factor), tokens, top_k, experts) == exact, (tokens, top_k, experts)
+T, E, K = 48, 8, 2
 
 
-def test_slots_at_multiples_that_binary_misses() -> None:
-    assert 1.1 * 1 * 100 / 11 > 10
-    assert capacity_slots(1.1, 100, 1, 11) == 10
-    assert capacity_slots(1.1, 101, 1, 11) == 11
-    assert capacity_slots(1.1, 10, 1, 11) == 1
-    assert capacity_slots("dropless", 10, 1, 11) is None
-    assert capacity_slots(0.01, 4, 1, 64) == 1  # an expert always has a slot
+def routing_of(ids: Tensor, experts: int = E) -> TopK:
+    return top_k_routing(ids, torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)), experts)
 
 
-def by_hand(ids: Tensor, slots: int) -> list[list[int]]:
-    """First come, first served by token, a token's first choice first."""
-    taken: dict[int, int] = {}
-    kept = []
-    for row in ids.tolist():
-        kept.append([])
-        for expert in row:
-            taken[expert] = taken.get(expert, 0) + 1
-            kept[-1].append(expert if taken[expert] <= slots else -1)
-    return kept
-
-
-@pytest.mark.parametrize("traffic", ["balanced", "uniform", "zipf:1.5", "zipf:20"])
-@pytest.mark.parametrize("slots", [1, 3, 10, 1000])
-def test_first_come_first_served(traffic: str, slots: int) -> None:
-    routing = route_problem(layer_of(8, 3), parse_traffic(traffic), None, 40, 0)
-    ids, weights = apply_capacity(routing.wanted_ids, routing.wanted_weights, slots, 8)
-    assert ids.tolist() == by_hand(routing.wanted_ids, slots)
-    assert torch.equal(weights, routing.wanted_weights * (ids >= 0))
-    assert torch.bincount(ids[ids >= 0], minlength=8).max() <= slots
-
-
-def test_position_counts_earlier_assignments_to_the_same_expert() -> None:
-    ids = torch.tensor([[2, 0], [0, 2], [2, 1]])
-    assert position_in_expert(ids, 4).tolist() == [[0, 0], [1, 1], [2, 0]]
+def drawn(skew: float) -> TopK:
+    popularity = torch.arange(1, E + 1).double() ** -skew
+    return routing_of(torch.multinomial(popularity.expand(T, E), K, generator=torch.Generator().manual_seed(3)))
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 1.0, 1.25, 4.0])
-@pytest.mark.parametrize("traffic", ["balanced", "uniform", "zipf:1"])
-def test_kept_and_dropped_are_all(traffic: str, factor: float) -> None:
-    T, E, K = 48, 8, 2
-    dropless = route_problem(layer_of(E, K), parse_traffic(traffic), None, T, 3)
-    routing = with_capacity(dropless, factor)
-    slots = capacity_slots(factor, T, K, E)
+@pytest.mark.parametrize("skew", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("order", DROP_ORDERS)
+def test_kept_and_dropped_are_all(skew: float, factor: float, order: str) -> None:
+    dropless = drawn(skew)
+    capacity = Capacity(factor, order=order)
+    routing = with_capacity(dropless, capacity)
+    assert isinstance(routing, TopK)
+    slots = capacity_slots(capacity, T, K, E)
+    assert slots is not None
     dropped = int((routing.ids < 0).sum())
     assert routing.kept + dropped == T * K
     assert routing.counts().max() <= slots
-    assert routing.counts().tolist() == dropless.counts().clamp(max=slots).tolist()
+    if order == "reroute":
+        assert routing.kept == min(T * K, E * slots)
+    else:
+        assert routing.counts().tolist() == dropless.counts().clamp(max=slots).tolist()
     assert routing.drop_rate == pytest.approx(dropped / (T * K))
     assert torch.equal(routing.wanted_ids, dropless.ids)
     assert torch.equal(routing.wanted_weights, dropless.weights)
-    assert routing.load_max_over_mean == dropless.load_max_over_mean  # of what was wanted
+    assert load_max_over_mean(routing) == load_max_over_mean(dropless)  # of what was wanted
+
+
+def test_the_rounding_and_the_order_are_the_capacitys() -> None:
+    dropless = drawn(1.0)
+    assert with_capacity(dropless, Capacity(0.1, "lingvo")).counts().max() == 4  # share 1.2
+    assert with_capacity(dropless, Capacity(0.1, "ceil")).counts().max() == 2
+    position, probability = (
+        with_capacity(dropless, Capacity(0.5, order=order)) for order in ("position", "probability")
+    )
+    assert isinstance(position, TopK)
+    assert isinstance(probability, TopK)
+    assert position.counts().tolist() == probability.counts().tolist()
+    assert float(position.weights.sum()) < float(probability.weights.sum())
 
 
 def test_balanced_traffic_at_factor_one_drops_nothing() -> None:
-    dropless = route_problem(layer_of(8, 2), parse_traffic("balanced"), None, 64, 0)
-    assert with_capacity(dropless, 1.0).drop_rate == 0
-    assert with_capacity(dropless, 0.5).drop_rate == 0.5
-    assert with_capacity(dropless, "dropless").drop_rate == 0
-    assert dropless.load_max_over_mean == 1.0
-    assert dropless.active_experts == 8
+    dropless = routing_of(torch.arange(T * K).view(T, K) % E)
+    assert with_capacity(dropless, Capacity(1.0)).drop_rate == 0
+    assert with_capacity(dropless, Capacity(0.5)).drop_rate == 0.5
+    assert with_capacity(dropless, Capacity()).drop_rate == 0
+    assert load_max_over_mean(dropless) == 1.0
+    assert active_experts(dropless) == E
 
 
 def test_everything_to_one_expert() -> None:
-    dropless = route_problem(layer_of(8, 1), parse_traffic("zipf:20"), None, 64, 0)
-    assert (dropless.active_experts, dropless.load_max_over_mean, dropless.kept) == (1, 8.0, 64)
-    half = with_capacity(dropless, 1.0)  # 8 of 64 fit
-    assert (half.kept, half.drop_rate, half.active_experts) == (8, 1 - 8 / 64, 1)
-    assert half.ids.flatten().tolist() == [half.ids[0, 0].item()] * 8 + [-1] * 56
+    dropless = routing_of(torch.full((64, 1), 3))
+    assert (active_experts(dropless), load_max_over_mean(dropless), dropless.kept) == (1, 8.0, 64)
+    half = with_capacity(dropless, Capacity(1.0))  # 8 of 64 fit
+    assert isinstance(half, TopK)
+    assert (half.kept, half.drop_rate, active_experts(half)) == (8, 1 - 8 / 64, 1)
+    assert half.ids.flatten().tolist() == [3] * 8 + [-1] * 56
+    everyone = with_capacity(dropless, Capacity(1.0, order="reroute"))
+    assert (everyone.kept, everyone.drop_rate, active_experts(everyone)) == (64, 0, 8)
+
+
+def test_forms_with_a_capacity_of_their_own_stay_as_they_are() -> None:
+    ragged = Ragged(torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.ones(3), 1, 3)
+    mix = Mix(torch.ones(4, 2) / 4, torch.ones(4, 2) / 2, 2)
+    assert with_capacity(ragged, Capacity(0.5)) is ragged
+    assert with_capacity(mix, Capacity(0.5)) is mix
