@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from moebench.catalogue.layer_forms import LAYER_FORMS
 from moebench.providers.packages import Package
 
 ENTRY_POINT_GROUP = "moebench.providers"
@@ -36,6 +37,11 @@ def _peer(module: str, summary: str, package: Package, attribute: str = "PROVIDE
     return Listing(f"moebench.providers.{module}:{attribute}", summary, needs=package)
 
 
+def _form(name: str) -> Listing:
+    attribute = name.replace("-", "_").upper()
+    return Listing(f"moebench.providers.layer_forms:{attribute}", LAYER_FORMS[name].summary, "yardstick")
+
+
 _TRANSFORMERS = Package("transformers", ("transformers",), "5.23.0", "pip install 'transformers>=5.0'", gpu=False)
 
 PROVIDERS: dict[str, Listing] = {
@@ -48,6 +54,8 @@ PROVIDERS: dict[str, Listing] = {
     "dense-ffn": Listing(
         "moebench.providers.dense_ffn:PROVIDER", "one FFN of the same active FLOPs: the price of sparsity", "yardstick"
     ),
+    # Mixtures of another form than a router over a bank of FFNs: they compute functions of their own.
+    **{name: _form(name) for name in LAYER_FORMS},
     "transformers-eager": _peer("transformers", "transformers: its loop over experts", _TRANSFORMERS, "EAGER"),
     "transformers-batched-mm": _peer(
         "transformers", "transformers: bmm over weights copied per assignment", _TRANSFORMERS, "BATCHED_MM"
