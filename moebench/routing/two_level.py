@@ -24,7 +24,7 @@ from moebench.routing.scores import Scores, Side, linear, wide
 
 
 def two_level_scores(spec: RouterSpec, x: Tensor, gate: Mapping[str, Tensor], side: Side) -> Scores:
-    """As `linear`, with noise_logits [T, E + G]: those of the experts, then those of the groups.
+    """As `linear`, with noise_logits [T, E + G] where there is noise: those of the experts, then those of the groups.
 
     Args:
         x: [T, D].
@@ -32,8 +32,9 @@ def two_level_scores(spec: RouterSpec, x: Tensor, gate: Mapping[str, Tensor], si
         side: noise [T, E + G] in training, in the same order.
     """
     scores = linear(spec, x, gate, side)
-    experts = needed(spec, "noise_logits", scores.noise_logits)
-    return replace(scores, noise_logits=torch.cat([experts, wide(x @ gate["group_noise"].T)], dim=1))
+    if scores.noise_logits is None:
+        return scores
+    return replace(scores, noise_logits=torch.cat([scores.noise_logits, wide(x @ gate["group_noise"].T)], dim=1))
 
 
 def hierarchical(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
