@@ -70,7 +70,7 @@ ACTIVATION_LIMITS = {"clamped swiglu (limit 10)": 10.0}
 # How the shared expert joins, for every row that has one.
 SHARED_FORMS = {
     "grok-2": "scaled_residual",
-    "arctic-480b": "residual",
+    "arctic-480b": "parallel",
     "openmoe-8b": "residual",
     "openmoe-34b": "residual",
     "qwen1.5-moe-a2.7b": "sigmoid_gate",
@@ -98,8 +98,11 @@ EXPERT_BIASES = (
     "swin-moe-s-64", "swin-moe-b-32", "moe-llava-phi2",
 )  # fmt: skip
 # The table leaves these open. Weights keep the softmax values: OpenMoE trains in flaxformer, whose token-choice
-# router does not renormalise; the two others have their own, unbuilt rules.
+# router does not renormalise; Yuan's rule is a softmax over its picks anyway; Skywork's report leaves it open.
 NORMALISE_OPEN = ("openmoe-8b", "openmoe-34b", "skywork-moe-146b", "yuan2-m32")
+# Scales the table does not give. NLLB masked a fifth of its experts' outputs in training; its inference multiplies all
+# of them by the rest.
+SCALES = {"nllb-moe-54b": 0.8}
 # Swin-MoE: experts of 4 x the stage's width, in every second of 18 blocks of stage 3 and one block of stage 4.
 SWIN_STAGES = {
     "swin-moe-s-64": (("stage3", 384, 9), ("stage4", 768, 1)),
@@ -234,7 +237,7 @@ def _router(row: Mapping[str, str]) -> RouterSpec:
     return RouterSpec(
         kind=kind,
         normalise=bool(normalise),
-        scale=float(row["routed_scaling_factor"] or 1.0),
+        scale=float(row["routed_scaling_factor"] or SCALES.get(row["id"], 1.0)),
         groups=int(row["routing_groups"] or 1),
         topk_groups=int(row["topk_groups"] or 1),
         logit_bias=logit_bias,

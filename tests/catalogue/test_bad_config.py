@@ -158,6 +158,15 @@ def test_one_expert_is_no_mixture(tmp_path: Path) -> None:
         ({"model_type": "cohere2_moe", "num_shared_experts": 2}, "shared_expert_combination_strategy is 'average'"),
         ({"model_type": "nemotron_h", "hybrid_override_pattern": "MEX"}, "hybrid_override_pattern is 'MEX'"),
         ({"model_type": "nemotron_h", "moe_latent_size": 64}, "moe_latent_size is 64"),
+        ({"model_type": "gpt_oss", "swiglu_limit": 10.0}, "swiglu_limit is 10.0; it must be 7"),
+        ({"model_type": "minimax_m3_vl_text", "swiglu_alpha": 1.0}, "swiglu_alpha is 1.0; it must be 1.702"),
+        ({"model_type": "minimax_m3_vl_text", "swiglu_limit": None}, "swiglu_limit is missing or null; it must be"),
+        ({"model_type": "deepseek_v4", "swiglu_limit": -1}, "swiglu_limit is -1; it must be a number above 0"),
+        ({"model_type": "deepseek_v4", "swiglu_limit": "x"}, "swiglu_limit is 'x'; it must be a number above 0"),
+        ({"model_type": "hy_v3", "mlp_bias": True}, "mlp_bias is True; it must be false: biases in shared experts"),
+        ({"model_type": "ernie4_5_moe", "use_bias": True}, "use_bias is True; it must be false: biases in shared"),
+        ({"model_type": "nllb-moe", "moe_token_dropout": 1.0}, "moe_token_dropout is 1.0; it must be a number under 1"),
+        ({"model_type": "longcat_flash", "zero_expert_num": -1}, "zero_expert_num is -1; it must be a whole number"),
     ],
 )
 def test_impossible_values_of_single_families(config: dict[str, Any], said: str, tmp_path: Path) -> None:

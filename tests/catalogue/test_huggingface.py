@@ -15,8 +15,8 @@ from moebench.catalogue.huggingface import read_config
 
 
 def zero_experts(config: Any) -> int:
-    """LongCat's zero experts return their input, but transformers gives them rows of the router and unused maps."""
-    return int(config.zero_expert_num * config.hidden_size * (1 + 2 * config.expert_ffn_hidden_size))
+    """LongCat's zero experts return their input, but transformers keeps maps for them that it never uses."""
+    return int(config.zero_expert_num * config.hidden_size * 2 * config.expert_ffn_hidden_size)
 
 
 # What transformers holds beyond a LayerSpec's count: model_type -> parameters in each MoE layer, in or beside it.
@@ -173,7 +173,7 @@ def test_hy_v4_vl_is_read_through_its_text_part(tmp_path: Path) -> None:
     path.write_text(json.dumps({"model_type": "hy_v4_vl", "text_config": {"n_routed_experts": 24}}))
     spec = read_config(path)
     assert (spec.title, spec.layers[0].layer.routed_experts, spec.moe_layers) == ("hy_v4_vl_text", 24, 77)
-    assert spec.layers[0].layer.activation == "clamped_swiglu"
+    assert (spec.layers[0].layer.activation, spec.layers[0].layer.activation_limit) == ("limited_swiglu", 10.0)
 
 
 # What each family's router is, in the words of its transformers code; the counts above cannot see it.

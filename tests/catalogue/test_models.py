@@ -57,7 +57,7 @@ def test_every_row_keeps_its_own_router_and_numbers(row: dict[str, str]) -> None
         assert layer.routed_experts == int(row["routed_experts"])
         assert layer.top_k == int(row["top_k"])
         assert layer.gated == (row["gated"] == "y")
-        assert layer.router.scale == float(row["routed_scaling_factor"] or 1)
+        assert layer.router.scale == float(row["routed_scaling_factor"] or tables.SCALES.get(row["id"], 1))
         assert layer.router.groups == int(row["routing_groups"] or 1)
         assert layer.shared_experts == int(row["shared_experts"] or 0)
         if row["normalise_topk"]:
@@ -70,6 +70,8 @@ def test_every_row_keeps_its_own_router_and_numbers(row: dict[str, str]) -> None
 def test_no_table_entry_is_stale() -> None:
     assert set(tables.ROUTER_KINDS) == {row["router"] for row in EXACT}
     assert set(tables.ACTIVATION_NAMES) == {row["expert_activation"] for row in EXACT}
+    assert set(tables.ACTIVATION_LIMITS) <= set(tables.ACTIVATION_NAMES)
+    assert set(tables.SCALES) <= {row["id"] for row in EXACT if not row["routed_scaling_factor"]}
     assert set(tables.SHARED_FORMS) == {row["id"] for row in EXACT if row["shared_experts"]}
     assert set(tables.EXPERT_BIASES) <= {row["id"] for row in EXACT}
 
@@ -94,7 +96,7 @@ def test_layers_that_differ_from_the_plain_form() -> None:
     oss = model("gpt-oss-120b").layers[0].layer
     assert (oss.activation, oss.expert_bias, oss.router.logit_bias) == ("clamped_swiglu", True, True)
     assert model("grok-2").layers[0].layer.shared_combine == "scaled_residual"
-    assert model("arctic-480b").layers[0].layer.shared_combine == "residual"
+    assert model("arctic-480b").layers[0].layer.shared_combine == "parallel"
     qwen = model("qwen1.5-moe-a2.7b").layers[0].layer
     assert (qwen.shared_experts, qwen.shared_ffn_size, qwen.shared_combine) == (1, 5632, "sigmoid_gate")
     assert not qwen.router.normalise

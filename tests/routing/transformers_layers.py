@@ -56,8 +56,12 @@ BESIDE = {
     "granitemoehybrid": "GraniteMoeHybridMLP",
     "granitemoeshared": "GraniteMoeSharedMLP",
 }
-# What a config of this width needs to be valid, or a form that its defaults leave out.
+# What a config of this width needs to be valid, and shared experts of a width of their own.
+_SHARED = ("flint", "kolibri1", "laguna", "lara_mini", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next")
+_FEW_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1}
 NEEDED: dict[str, dict[str, Any]] = {
+    **{name: {"shared_expert_intermediate_size": 24} for name in _SHARED},
+    **{name: {"shared_intermediate_size": 24} for name in ("granitemoe_swa", "granitemoeshared", "minimax_m3_vl_text")},
     "dbrx": {
         "d_model": WIDTH, "n_layers": 2, "attn_config": {"rope_theta": 10000.0},
         "ffn_config": {
@@ -65,26 +69,16 @@ NEEDED: dict[str, dict[str, Any]] = {
         },
     },
     "cohere2_moe": {"num_shared_experts": 2, "shared_expert_combination_strategy": "sum"},
-    "deepseek_ocr2_text": {"num_attention_heads": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1},
+    "deepseek_ocr2_text": _FEW_HEADS,
     "dots1": {"n_shared_experts": 2},
-    "flint": {"shared_expert_intermediate_size": 24},
-    "granitemoe_swa": {"shared_intermediate_size": 24},
     "granitemoehybrid": {"shared_intermediate_size": 24, "mamba_n_heads": 8, "mamba_d_head": 8},
-    "granitemoeshared": {"shared_intermediate_size": 24},
-    "kolibri1": {"shared_expert_intermediate_size": 24},
-    "laguna": {"shared_expert_intermediate_size": 24},
-    "lara_mini": {"shared_expert_intermediate_size": 24},
     "llama4_text": {"num_experts_per_tok": 1},
     "longcat_flash": {"zero_expert_num": 6},
-    "minimax_m3_vl_text": {"shared_intermediate_size": 24},
     "nemotron_h": {"moe_shared_expert_intermediate_size": 24, "layers_block_type": ["moe"]},
     "nllb-moe": {"decoder_ffn_dim": FFN},
     "phimoe": {"num_experts_per_tok": 2},
-    "qwen2_moe": {"shared_expert_intermediate_size": 24},
-    "qwen3_5_moe_text": {"shared_expert_intermediate_size": 24},
-    "qwen3_next": {"shared_expert_intermediate_size": 24},
     "switch_transformers": {"expert_capacity": TOKENS},
-    "unlimited_ocr_text": {"num_attention_heads": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1},
+    "unlimited_ocr_text": _FEW_HEADS,
 }  # fmt: skip
 # Experts' inputs this much larger, so that limits of 7 are reached.
 LOUD = {"gpt_oss": 6.0, "openai_privacy_filter": 6.0, "minimax_m3_vl_text": 6.0}
@@ -99,11 +93,6 @@ class Block:
     module: nn.Module
     router: nn.Module
     beside: nn.Module | None
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Its parameters and buffers by name."""
-        return dict(self.module.named_parameters()) | dict(self.module.named_buffers())
 
 
 def block(model_type: str, folder: Path, kind: str = "", **changed: Any) -> Block:
@@ -120,11 +109,9 @@ def block(model_type: str, folder: Path, kind: str = "", **changed: Any) -> Bloc
     layers = {each.name: each.layer for each in read_config(folder / "config.json").layers}
     module = _module(model_type, config, kind).eval()
     router = module.gate if hasattr(module, "gate") else module.router
-    beside = None
-    if model_type in BESIDE:
-        beside = getattr(_modeling(model_type), BESIDE[model_type])(config).eval()
-        _draw(beside, 1.0)
-    _draw(module, LOUD.get(model_type, 1.0))
+    beside = getattr(_modeling(model_type), BESIDE[model_type])(config).eval() if model_type in BESIDE else None
+    for each in (module, *([beside] if beside else [])):
+        _draw(each, LOUD.get(model_type, 1.0))
     return Block(model_type, layers[kind or next(reversed(layers))], module, router, beside)
 
 
@@ -135,10 +122,10 @@ def config_of(model_type: str, **changed: Any) -> Any:
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"the installed transformers has no {model_type}")
     row = families()[model_type]
-    sizes = {row.hidden: WIDTH, row.experts: EXPERTS, row.top_k: PICKS, row.ffn: FFN, "vocab_size=": 100}
-    keys = {name.removeprefix("each ").split("|")[0].rstrip("="): value for name, value in sizes.items() if name[0] != "="}
-    flat = {name: value for name, value in keys.items() if "." not in name}
-    return CONFIG_MAPPING[model_type](**flat | NEEDED.get(model_type, {}) | changed)
+    named = {row.hidden: WIDTH, row.experts: EXPERTS, row.top_k: PICKS, row.ffn: FFN, "vocab_size": 100}
+    first = {name.removeprefix("each ").split("|")[0]: value for name, value in named.items()}
+    sizes = {name: value for name, value in first.items() if name[0] != "=" and "." not in name}
+    return CONFIG_MAPPING[model_type](**sizes | NEEDED.get(model_type, {}) | changed)
 
 
 def _modeling(model_type: str) -> Any:
@@ -182,26 +169,24 @@ def _draw(module: nn.Module, loudness: float) -> None:
 
 def gate_weights(built: Block) -> dict[str, Tensor]:
     """The router's weights under our names."""
-    found = built.tensors
-    weights = {"router": next(found[name] for name in ROUTER_NAMES if name in found)}
-    for ours, names in (("logit_bias", LOGIT_BIAS_NAMES), ("selection_bias", SELECTION_BIAS_NAMES)):
-        weights |= {ours: found[name].flatten() for name in names if name in found}
-    if "gate.tid2eid" in found:
-        weights["table"] = found["gate.tid2eid"]
-    if built.layer.router.kind == "softmax_bias_zero":
-        weights.pop("logit_bias", None)
-    return {name: value.detach() for name, value in weights.items()}
+    found = dict(built.module.named_parameters()) | dict(built.module.named_buffers())
+    first = {ours: next((found[name] for name in names if name in found), None) for ours, names in GATE_NAMES.items()}
+    weights = {ours: value.detach() for ours, value in first.items() if value is not None}
+    return {ours: value.flatten() if ours.endswith("bias") else value for ours, value in weights.items()}
 
 
-ROUTER_NAMES = (
-    "gate.weight", "router.weight", "router.gate.weight", "gate.wg.weight", "router.layer.weight",
-    "router.classifier.weight",
-)  # fmt: skip
-LOGIT_BIAS_NAMES = ("router.bias", "router.classifier.bias")
-SELECTION_BIAS_NAMES = (
-    "gate.e_score_correction_bias", "e_score_correction_bias", "expert_bias", "router.e_score_correction_bias",
-    "gate.moe_statics.e_score_correction_bias",
-)  # fmt: skip
+GATE_NAMES = {
+    "router": (
+        "gate.weight", "router.weight", "router.gate.weight", "gate.wg.weight", "router.layer.weight",
+        "router.classifier.weight",
+    ),
+    "logit_bias": ("router.bias", "router.classifier.bias"),
+    "selection_bias": (
+        "gate.e_score_correction_bias", "e_score_correction_bias", "expert_bias", "router.e_score_correction_bias",
+        "gate.moe_statics.e_score_correction_bias",
+    ),
+    "table": ("gate.tid2eid",),
+}  # fmt: skip
 
 
 def expert_weights(built: Block) -> dict[str, Tensor]:
@@ -212,7 +197,7 @@ def expert_weights(built: Block) -> dict[str, Tensor]:
 
 
 def _dbrx(experts: Any) -> dict[str, Tensor]:
-    w1, v1, w2 = (value.view(EXPERTS, FFN, WIDTH) for value in (experts.mlp.w1, experts.mlp.v1, experts.mlp.w2))
+    w1, v1, w2 = (getattr(experts.mlp, name).view(EXPERTS, FFN, WIDTH) for name in ("w1", "v1", "w2"))
     return {"w_gate_up": torch.cat([w1, v1], dim=1), "w_down": w2.transpose(1, 2)}
 
 
@@ -220,10 +205,9 @@ def _listed(experts: Any) -> dict[str, Tensor]:
     """Experts that are modules of their own (Switch, NLLB)."""
     if not isinstance(experts, nn.ModuleDict):
         return {}
-    first, second = ("wi", "wo") if hasattr(experts["expert_0"], "wi") else ("fc1", "fc2")
-    maps = {"w_gate_up": f"{first}.weight", "b_gate_up": f"{first}.bias", "w_down": f"{second}.weight", "b_down": f"{second}.bias"}
+    places = {"wi.weight": "w_gate_up", "fc1.weight": "w_gate_up", "fc1.bias": "b_gate_up", "fc2.bias": "b_down"}
     each = [dict(experts[f"expert_{e}"].named_parameters()) for e in range(EXPERTS)]
-    return {ours: torch.stack([one[name] for one in each]) for ours, name in maps.items() if name in each[0]}
+    return {places.get(name, "w_down"): torch.stack([one[name] for one in each]) for name in each[0]}
 
 
 def _stacked(built: Block, experts: Any) -> dict[str, Tensor]:
@@ -242,18 +226,16 @@ def _stacked(built: Block, experts: Any) -> dict[str, Tensor]:
 
 
 def _shared(built: Block) -> dict[str, Tensor]:
-    names = ("shared_experts", "shared_expert", "shared_mlp")
-    shared = built.beside or next((getattr(built.module, name, None) for name in names if hasattr(built.module, name)), None)
+    inside = dict(built.module.named_children())
+    names = [name for name in ("shared_experts", "shared_expert", "shared_mlp") if name in inside]
+    shared = inside[names[0]] if names else built.beside
     if shared is None:
         return {}
-    found = dict(shared.named_parameters())
-    if "gate_proj.weight" in found:
-        first = torch.cat([found["gate_proj.weight"], found["up_proj.weight"]])
-    else:
-        first = next(found[f"{n}.weight"] for n in ("gate_up_proj", "input_linear", "up_proj") if f"{n}.weight" in found)
-    second = next(found[f"{n}.weight"] for n in ("down_proj", "output_linear") if f"{n}.weight" in found)
-    gate = getattr(built.module, "shared_expert_gate", None)
-    return {"shared_gate_up": first, "shared_down": second} | ({"shared_gate": gate.weight} if gate else {})
+    found = {name.removesuffix(".weight"): value for name, value in shared.named_parameters()}
+    parts = [found[name] for name in ("gate_proj", "gate_up_proj", "input_linear", "up_proj") if name in found]
+    down = found["output_linear" if "output_linear" in found else "down_proj"]
+    gate = {"shared_gate": inside["shared_expert_gate"].weight} if "shared_expert_gate" in inside else {}
+    return {"shared_gate_up": torch.cat(parts), "shared_down": down, **gate}
 
 
 def weights_of(built: Block) -> Weights:
@@ -312,7 +294,7 @@ def _choices(built: Block, out: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _nllb(built: Block, x: Tensor, weights: Tensor) -> Tensor:
-    """Its own loop, over a one-hot code of a mask, runs experts 0 and 1 only (5.24): its experts, its weights, our sum."""
+    """Its experts and weights, our sum: its own loop (5.24) codes a mask as one-hot and runs experts 0 and 1 only."""
     experts: Any = built.module.experts
     outputs = torch.stack([experts[f"expert_{e}"](x) for e in range(EXPERTS)], dim=1)
     return (weights.unsqueeze(2) * outputs).sum(1)
