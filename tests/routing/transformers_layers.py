@@ -272,7 +272,6 @@ def run(built: Block, x: Tensor, token_ids: Tensor) -> Released:
 def _choices(built: Block, out: Any) -> tuple[Tensor, Tensor | None]:
     """Dense weights [T, E + zero experts] and, where the router sorts, ids."""
     module: Any = built.module
-    columns = EXPERTS + built.layer.router.zero_experts
     if built.model_type == "dbrx":
         values, ids = module.route_tokens_to_experts(out)
     elif built.model_type == "llama4_text":
@@ -288,7 +287,7 @@ def _choices(built: Block, out: Any) -> tuple[Tensor, Tensor | None]:
     else:
         _, values, ids = out
     factor = PICKS if built.model_type == "openai_privacy_filter" else getattr(module, "routed_scaling_factor", 1.0)
-    dense = torch.zeros(len(ids), columns).scatter(1, ids, values * factor)
+    dense = torch.zeros(TOKENS, EXPERTS + built.layer.router.zero_experts).scatter(1, ids, values * factor)
     sorts = "sorted=False" not in inspect.getsource(type(built.router)) and "tid2eid" not in dir(built.router)
     return dense, ids if sorts else None
 
