@@ -106,7 +106,7 @@ def mix(layer: LayerSpec, x: Tensor, ids: Tensor, gates: Tensor, w_in: Tensor, w
 
 def weighted(rows: Tensor, gates: Tensor) -> Tensor:
     """rows [n*K, D] by token, gates [n, K] -> their weighted sums [n, D]."""
-    return (rows.view(*gates.shape, -1) * gates.unsqueeze(-1).to(rows.dtype)).sum(1)
+    return (rows.view(*gates.shape, rows.shape[1]) * gates.unsqueeze(-1).to(rows.dtype)).sum(1)
 
 
 def reference_mix(
@@ -130,4 +130,4 @@ def _grouped(rows: Tensor, stack: Tensor, groups: Tensor, counts: Tensor) -> Ten
     place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[groups]
     slots = groups * depth + place
     padded = rows.new_zeros(len(stack) * depth, rows.shape[1]).index_copy(0, slots, rows)
-    return torch.bmm(padded.view(len(stack), depth, -1), stack.mT).flatten(0, 1)[slots]
+    return torch.bmm(padded.view(len(stack), depth, rows.shape[1]), stack.mT).flatten(0, 1)[slots]

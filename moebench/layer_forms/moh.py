@@ -43,13 +43,14 @@ def forward(layer: LayerSpec, weights: Weights, x: Tensor) -> Tensor:
     """x [T, D] -> y [T, D]; every head is computed, those not chosen are multiplied by 0."""
     q, k, v = (_heads(layer, x @ w.T).transpose(0, 1).unsqueeze(0) for w in weights["w_qkv"])
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
-    gates = head_gates(layer, weights, x, choices(layer, weights, x))
+    gates = head_gates(layer, weights, x)
     return (out * gates.unsqueeze(-1).to(x.dtype)).flatten(1) @ weights["w_out"].T
 
 
-def head_gates(layer: LayerSpec, weights: Weights, x: Tensor, ids: Tensor) -> Tensor:
-    """g [T, H], at least float32, for routed heads `ids` [T, K]."""
+def head_gates(layer: LayerSpec, weights: Weights, x: Tensor) -> Tensor:
+    """g [T, H], at least float32."""
     logits = scores(x, weights["router"])
+    ids = top_k(logits, layer.top_k)
     routed = torch.zeros_like(logits).scatter(1, ids, layer.top_k * softmax_over(logits, ids))
     if not layer.shared_experts:
         return routed
