@@ -158,8 +158,8 @@ def _pick_near(z: Tensor, left: Tensor, u: Tensor | None) -> tuple[Tensor, Tenso
     """(id, weight), [T, 1] each, of one pick among the logits left; u [T, E + 1] draws it, None takes the largest."""
     with torch.no_grad():
         top, best = left.max(dim=1, keepdim=True)
-        # 0 / 0, where all logits are 0, is NaN and so not far.
-        far = (top - z) / torch.maximum(z.abs(), top) > NEAR
+        # 0 / 0, where all logits are 0, is NaN and so not far. In place: new memory costs more than the sums.
+        far = (top - z).div_(z.abs().clamp_(min=top)) > NEAR
     near = left.masked_fill(far, -torch.inf)
     p = torch.softmax(near, dim=1)
     if u is None:
@@ -178,11 +178,11 @@ def with_normal(z: Tensor, u: Tensor, noise_logits: Tensor) -> Tensor:
 
 def gumbel(u: Tensor) -> Tensor:
     """-log(-log(u)): Gumbel noise from uniform."""
-    return -torch.log(-torch.log(inside(u)))
+    return inside(u).log_().neg_().log_().neg_()
 
 
 def inside(u: Tensor) -> Tensor:
-    """u away from 0 and 1, where its quantiles are infinite."""
+    """u away from 0 and 1, where its quantiles are infinite; a copy."""
     eps = torch.finfo(u.dtype).eps
     return u.clamp(eps, 1 - eps)
 
@@ -194,16 +194,27 @@ def finite(z: Tensor) -> Tensor:
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """Places of the `count` largest of each row [R, E], falling, ties to the lower place: int64 [R, count].
+    """Places of the `count` largest of each row [R, E], falling, ties to the lower place: int64 [R, count]."""
+    values = values.detach()
+    found = values.topk(min(count + 1, values.shape[1]), dim=1)
+    ids = found.indices[:, :count]
+    if values.is_cuda:  # to ask whether there are ties would be to wait
+        ids = _first_largest(values, count)
+    elif count < values.shape[1]:
+        tied = found.values[:, -2] == found.values[:, -1]
+        if bool(tied.any()):
+            ids = ids.index_put((tied.nonzero()[:, 0],), _first_largest(values[tied], count))
+    ids = ids.sort(dim=1).values
+    return ids.gather(1, values.gather(1, ids).sort(dim=1, descending=True, stable=True).indices)
 
-    torch.topk leaves open which of equal values it takes; a stable sort of the row costs several times this.
-    """
-    values, E = values.detach(), values.shape[1]
+
+def _first_largest(values: Tensor, count: int) -> Tensor:
+    """The same in any order: torch.topk leaves open which of equal values it takes, and a stable sort costs more."""
+    E = values.shape[1]
     last = values.topk(count, dim=1).values[:, -1:]
     # Unique keys: what is above the last value counts E more than its ties, and lower places count more.
     key = torch.arange(E, 0, -1, dtype=torch.int32, device=values.device) + E * (values > last).to(torch.int32)
-    ids = (key * (values >= last)).topk(count, dim=1).indices.sort(dim=1).values
-    return ids.gather(1, values.gather(1, ids).sort(dim=1, descending=True, stable=True).indices)
+    return (key * (values >= last)).topk(count, dim=1).indices
 
 
 def drawn(spec: RouterSpec, noise: Tensor | None, columns: int) -> Tensor:
