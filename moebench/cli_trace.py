@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,8 @@ def trace(
     from moebench.tracing import record
 
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    with click.progressbar(length=1, label="tokens", file=click.get_text_stream("stderr")) as bar:
+    bar: Any = click.progressbar(length=1, label="tokens", file=sys.stderr)
+    with bar:
 
         def progress(done: int, total: int) -> None:
             bar.length = total

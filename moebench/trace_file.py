@@ -239,7 +239,7 @@ def _check_layout(facts: Facts, found: Mapping[str, tuple[str, tuple[int, ...]]]
         "tokens": ("int32", shape),
         "positions": ("int32", shape),
         "domains": ("uint16", shape),
-        "texts": ("uint8", found["texts"][1][:1]),
+        "texts": ("uint8", (*found["texts"][1], 0)[:1]),
     }
     for name, (dtype, size) in expected.items():
         if found[name] != (dtype, size):

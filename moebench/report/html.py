@@ -20,19 +20,21 @@ from moebench.report import findings
 from moebench.report.audits import audit_sections
 from moebench.report.columns import COLUMNS, DETAILS
 from moebench.report.rows import anchors, pack, page_rows
+from moebench.report.traces import trace_sections
 
 HERE = Path(__file__).parent
 OPEN_HEADLINES = 12  # more are folded
 MOST_HEADLINES = 300
 
 
-def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None) -> Path:
-    """Write the CAP report of these run directories to the file `out`.
+def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None, traces: Sequence[Path] = ()) -> Path:
+    """Write the CAP report of these run directories to the file `out`, with a section on recorded traces.
 
     Raises:
-        ValueError: a directory is not a run, or the baseline was never measured.
+        ValueError: a directory is not a run, a file is no trace, or the baseline was never measured.
     """
-    page = render(load_runs(runs), baseline=baseline, audits=audit_sections(runs))
+    loaded = load_runs(runs)
+    page = render(loaded, baseline=baseline, audits=audit_sections(runs), traces=trace_sections(traces))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
@@ -43,8 +45,14 @@ def write_report(runs: Sequence[Path], out: Path, *, baseline: str | None = None
     return out
 
 
-def render(runs: list[Run], *, baseline: str | None = None, audits: Sequence[dict[str, Any]] = ()) -> str:
-    """The page as text; `audits` as `audit_sections` gives them."""
+def render(
+    runs: list[Run],
+    *,
+    baseline: str | None = None,
+    audits: Sequence[dict[str, Any]] = (),
+    traces: Sequence[dict[str, Any]] = (),
+) -> str:
+    """The page as text; `audits` and `traces` as `audit_sections` and `trace_sections` give them."""
     table, systems = joined(runs, baseline)
     table["anchor"] = anchors(table["point_id"])
     rows, families = page_rows(table)
@@ -86,9 +94,10 @@ def render(runs: list[Run], *, baseline: str | None = None, audits: Sequence[dic
             troubles=findings.troubles(table, rows),
             flags=findings.flags(table),
             audits=audits,
+            traces=traces,
             data=embedded_json(data),
             plotly=_plotly(),
-            style=_asset("page.css"),
+            style=_asset("page.css") + (_asset("traces.css") if traces else ""),
             scripts=[_asset(name) for name in ("page.js", "marks.js", "charts.js")],
         )
     )

@@ -6,30 +6,14 @@ import argparse
 import inspect
 import json
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from click.testing import CliRunner
-from trace_models import save, tiny
+from trace_models import Recorded, save, traced, train
 
-from moebench.cli import Commands
-from moebench.cli_trace import trace
-from moebench.trace_file import Trace, read_trace
+from moebench.trace_file import read_trace
 
 CHECKOUT = Path(__file__).parents[2]
-STEPS, BATCH, LENGTH = 150, 16, 64
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A trained model's folder, the texts it read, and the file the command wrote."""
-
-    model: Path
-    texts: tuple[Path, ...]
-    file: Path
-    trace: Trace
 
 
 @pytest.fixture(scope="session")
@@ -46,26 +30,3 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     done = traced(str(model), *arguments, "--tokens", "3000", "--window", "100", "--out", str(file))
     assert done.exit_code == 0, done.output
     return Recorded(model, texts, file, read_trace(file))
-
-
-def traced(*words: str):
-    """The command, with a user's mistakes turned into lines as under `moebench`."""
-    return CliRunner().invoke(Commands(commands={"trace": trace}), ["trace", *words])
-
-
-def train(texts: list[bytes]) -> torch.nn.Module:
-    """Next-byte prediction for a few seconds, enough that bytes and domains prefer experts."""
-    model = tiny("olmoe", hidden_size=64, head_dim=16, intermediate_size=32).train()
-    streams = [torch.tensor(list(text)) for text in texts]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(STEPS):
-        stream = streams[step % len(streams)]
-        starts = torch.randint(len(stream) - LENGTH, (BATCH,), generator=generator)
-        batch = stream[starts[:, None] + torch.arange(LENGTH)]
-        loss = model(input_ids=batch, labels=batch).loss
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    assert loss < 4.0, "an untrained model has log(256) = 5.5"
-    return model.eval()

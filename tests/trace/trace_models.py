@@ -1,15 +1,23 @@
-"""Tiny models of several families, saved as checkpoints, and their routers written again as plain sums."""
+"""Tiny models of several families, saved as checkpoints; their routers written again as plain sums; small traces."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
+from moebench.cli import Commands
+from moebench.cli_trace import trace
+from moebench.trace_file import Facts, Trace, expert_dtype
+
 E, K, VOCABULARY = 8, 2, 256
+STEPS, BATCH, LENGTH = 100, 16, 48
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -97,3 +105,51 @@ def _pick(model_type: str, z: list[float], bias: list[float] | None, config: Any
     renormalised = model_type in ("mixtral", "gpt_oss", "jetmoe") or config.norm_topk_prob
     whole = top if renormalised else range(len(z))
     return [(e, math.exp(z[e]) / sum(math.exp(z[i]) for i in whole)) for e in top]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A trained model's folder, the texts it read, and the file the command wrote."""
+
+    model: Path
+    texts: tuple[Path, ...]
+    file: Path
+    trace: Trace
+
+
+def traced(*words: str) -> Any:
+    """The command, with a user's mistakes turned into lines as under `moebench`."""
+    return CliRunner().invoke(Commands(commands={"trace": trace}), ["trace", *words])
+
+
+def train(texts: list[bytes]) -> torch.nn.Module:
+    """Next-byte prediction for a few seconds, enough that bytes and domains prefer experts."""
+    model = tiny("olmoe", hidden_size=64, head_dim=16, intermediate_size=32).train()
+    streams = [torch.tensor(list(text)) for text in texts]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(STEPS):
+        stream = streams[step % len(streams)]
+        starts = torch.randint(len(stream) - LENGTH, (BATCH,), generator=generator)
+        batch = stream[starts[:, None] + torch.arange(LENGTH)]
+        loss = model(input_ids=batch, labels=batch).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss < 4.0, "an untrained model has log(256) = 5.5"
+    return model.eval()
+
+
+def made(L: int = 2, T: int = 5, K: int = 2, E: int = 4, **facts: Any) -> Trace:
+    """A small trace whose token t names experts t, t + 1, ... of E."""
+    ids = (np.arange(T)[None, :, None] + np.arange(K) + np.arange(L)[:, None, None]) % E
+    own = Facts("m", "mixtral", E, K, tuple(range(L)), ("a", "b"), "bytes", "output", "float32", "0.1")
+    return Trace(
+        replace(own, **facts),
+        ids.astype(expert_dtype(E)),
+        np.linspace(0, 1, L * T * K, dtype=np.float32).reshape(L, T, K),
+        np.arange(T, dtype=np.int32),
+        np.arange(T, dtype=np.int32),
+        (np.arange(T) % 2).astype(np.uint16),
+        {0: "\ud800 <b>\x1b[31m", 3: "word"},
+    )
