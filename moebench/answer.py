@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moebench.workload import Inputs
+from moebench.workload import Choice, Inputs
 
 CHECK_TOKENS = 256
 
@@ -26,15 +26,14 @@ class Answer:
 
     Attributes:
         inputs: those of the check, as the variant sees them (capacity applied).
-        wanted_ids, wanted_weights: [T, K] of the dropless routing.
+        wanted: the dropless routing.
         output: whatever `run` returned.
         grads: gradients by name ("x", "weights", "w_gate_up", ...); empty for forward.
         known: what the oracle has said on these inputs already, for all arms of the block.
     """
 
     inputs: Inputs
-    wanted_ids: Tensor
-    wanted_weights: Tensor
+    wanted: Choice
     output: Any
     grads: dict[str, Tensor]
     known: dict[tuple[Any, ...], Any] = field(default_factory=dict)
@@ -47,14 +46,16 @@ class Answer:
         return found
 
 
-def sample_tokens(ids: Tensor, limit: int = CHECK_TOKENS) -> Tensor:
-    """Up to `limit` token indices, sorted: first one token for each active expert, then evenly spread ones."""
-    tokens = ids.shape[0]
+def sample_tokens(choice: Choice, tokens: int, limit: int = CHECK_TOKENS) -> Tensor:
+    """Up to `limit` of T token indices, sorted: first one token for each active expert, then evenly spread ones."""
     if tokens <= limit:
         return torch.arange(tokens)
-    flat = ids.cpu().flatten()
+    if choice.combine is not None:  # a Mix: every token meets every expert
+        return torch.linspace(0, tokens - 1, limit).long()
+    flat = choice.ids.cpu().flatten()
+    token = torch.arange(flat.numel()) // choice.ids.shape[1] if choice.token is None else choice.token.cpu()
     owner = torch.full((int(flat.max()) + 2,), -1, dtype=torch.int64)
-    owner.scatter_(0, flat.where(flat >= 0, len(owner) - 1), torch.arange(flat.numel()) // ids.shape[1])
+    owner.scatter_(0, flat.where(flat >= 0, len(owner) - 1), token)
     hits = owner[:-1][owner[:-1] >= 0].unique()[:limit]
     spread = torch.linspace(0, tokens - 1, limit - len(hits)).long()
     picked: Tensor = torch.cat([hits, spread]).unique()

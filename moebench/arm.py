@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,20 +13,16 @@ from torch import Tensor
 from moebench.answer import Answer
 from moebench.catalogue.spec import LayerSpec
 from moebench.check import Verdict, judge
-from moebench.point import DRAWS, Problem, Variant
+from moebench.expected import coupled
+from moebench.point import DRAWS, DROPLESS, Problem, Variant
 from moebench.providers.base import Case, Provider
-from moebench.routing import TopK
 from moebench.routing.build import with_capacity
+from moebench.routing.forms import TopK
 from moebench.routing.logits import impose_logits
-from moebench.workload import (
-    Draw,
-    Inputs,
-    Weights,
-    can_impose,
-    make_inputs,
-    make_weights,
-    seed_of,
-)
+from moebench.routing.scores import Side
+from moebench.routing.statistics import statistics
+from moebench.weights import Weights, make_weights, seed_of
+from moebench.workload import Draw, Inputs, can_impose, make_draw, make_inputs
 
 TWIN_TOKENS, TWIN_WIDTH, TWIN_FFN = 16, 64, 32
 
@@ -65,7 +62,7 @@ class Arm:
         self.checked_on = _shape(problem, interpreted=not self.timed)
         self.bench = bench
         _ = bench.row_sums  # taken before a provider sees the weights
-        self.weights = _leaves(bench.weights) if self.backward else bench.weights
+        self.weights = bench.weights.leaves() if self.backward else bench.weights
         self.state = provider.prepare(self.weights, self.case)
         self.buffers = [self._inputs(draw) for draw in bench.draws[:DRAWS]] if self.timed else []
         self.scoped = [provider.scope_inputs(self.state, buffer) for buffer in self.buffers]
@@ -103,23 +100,21 @@ class Arm:
         changed = [name for name, value in before.tensors().items() if not torch.equal(value, getattr(inputs, name))]
         if changed:
             return Verdict(None, None, None, f"changed its input {changed[0]}")
-        routing = judged.routing
-        wanted = routing.wanted_ids.to(self.device), routing.wanted_weights.to(self.device)
-        answer = Answer(inputs, *wanted, output, grads, self.bench.known)
+        wanted = replace(self.variant, capacity_factor=DROPLESS)
+        answer = Answer(inputs, self._inputs(judged, wanted).choice, output, grads, self.bench.known)
         return judge(self.provider, self.state, self.case, self.bench.weights, answer)
 
     def routing_facts(self) -> dict[str, float | None]:
-        """Means over the timed draws: kept assignments, active experts, drop rate, load, executed FLOPs."""
-        case = self.case
-        draws = [with_capacity(draw.routing, self.variant.capacity_factor) for draw in self.bench.draws[:DRAWS]]
-        executed = [self.provider.executed_flops(case, draw.counts()) for draw in draws]
-        return {
-            "kept": _mean([float(draw.kept) for draw in draws]),
-            "active_experts": _mean([float(draw.active_experts) for draw in draws]),
-            "drop_rate": _mean([draw.drop_rate for draw in draws]),
-            "load_max_over_mean": _mean([draw.load_max_over_mean for draw in draws]),
-            "executed_flops": None if None in executed else _mean([value for value in executed if value is not None]),
+        """Means over the timed draws: kept rows, executed FLOPs, and the statistics of the routing."""
+        draws = [with_capacity(draw.routing, self.variant.capacity) for draw in self.bench.draws[:DRAWS]]
+        kept = [draw.counts()[: self.case.layer.routed_experts] for draw in draws]
+        facts: dict[str, list[float | None]] = {
+            "kept": [float(counts.sum()) for counts in kept],
+            "executed_flops": [self.provider.executed_flops(self.case, counts) for counts in kept],
         }
+        found = [statistics(draw) for draw in draws]
+        facts |= {name: [each[name] for each in found] for name in found[0]}
+        return {name: _mean(values) for name, values in facts.items()}
 
     def _restore_weights(self) -> str | None:
         """The first of the layer's weights that has changed, or None; all are then drawn anew."""
@@ -134,9 +129,9 @@ class Arm:
         self.bench.known.clear()  # the oracle may have been asked about the changed ones
         return changed[0]
 
-    def _inputs(self, draw: Draw) -> Inputs:
-        variant = self.variant
-        return make_inputs(draw, variant.capacity_factor, variant.precision, self.device, backward=self.backward)
+    def _inputs(self, draw: Draw, variant: Variant | None = None) -> Inputs:
+        asked = variant or self.variant
+        return make_inputs(draw, asked.capacity, asked.precision, self.device, backward=self.backward)
 
     def _execute(self, inputs: Inputs, scoped: Any) -> tuple[Any, dict[str, Tensor]]:
         if self.backward:
@@ -150,7 +145,7 @@ class Arm:
         parameters = self.weights.tensors()
         for parameter in parameters.values():
             parameter.grad = None
-        output: Tensor = self.provider.run(self.state, Inputs(leaves["x"], inputs.ids, leaves["weights"]))
+        output: Tensor = self.provider.run(self.state, replace(inputs, **leaves))
         # Anything else goes to the check as it is, which says what is wrong with it.
         if isinstance(output, Tensor) and output.requires_grad and output.shape == inputs.upstream.shape:
             output.backward(inputs.upstream)
@@ -165,7 +160,7 @@ def make_case(problem: Problem, variant: Variant, device: str) -> Case:
         tokens=problem.tokens,
         direction=problem.direction,
         precision=variant.precision,
-        capacity_factor=variant.capacity_factor,
+        capacity=variant.capacity,
         scope=variant.scope,
         device_kind=device.partition(":")[0],
     )
@@ -183,21 +178,31 @@ def twin(bench: Bench, precision: str) -> Bench:
         shared_ffn_size=min(layer.shared_ffn_size, TWIN_FFN),
     )
     tokens = min(problem.tokens, TWIN_TOKENS)
+    reduced = replace(problem, layer=small, tokens=tokens)
     weights = make_weights(small, precision, "cpu", problem.seed)
-    draws = tuple(_twin_draw(draw, small, weights.router, tokens, index) for index, draw in enumerate(bench.draws))
-    return Bench(replace(problem, layer=small, tokens=tokens), weights, draws)
+    if can_impose(small) and not coupled(layer):
+        draws = tuple(_twin_draw(draw, small, weights, tokens, index) for index, draw in enumerate(bench.draws))
+    else:  # its choices are its own: of these hidden states, or of all tokens together
+        draws = tuple(make_draw(reduced, weights, index) for index in range(len(bench.draws)))
+    return Bench(reduced, weights, draws)
 
 
-def _twin_draw(draw: Draw, small: LayerSpec, router: Tensor, tokens: int, index: int) -> Draw:
+def _twin_draw(draw: Draw, small: LayerSpec, weights: Weights, tokens: int, index: int) -> Draw:
+    """The first tokens of a draw, with smaller hidden states that make the same choices."""
     generator = torch.Generator().manual_seed(seed_of("twin", index))
     x = torch.randn(tokens, small.hidden_size, generator=generator)
     upstream = torch.randn(tokens, small.hidden_size, generator=generator)
+    dense_x = None if draw.dense_x is None else torch.randn(x.shape, generator=generator)
     full = draw.routing
+    assert isinstance(full, TopK)  # the other forms are coupled
     ids, gates = full.wanted_ids[:tokens], full.wanted_weights[:tokens]
     logits = None if full.logits is None else full.logits[:tokens]
-    if logits is not None and can_impose(small):
-        x = impose_logits(x, router.float(), logits).float()
-    return Draw(x, TopK(ids, gates, ids, gates, logits, full.routed_experts), upstream)
+    if logits is not None:
+        gate = {name: value.float() for name, value in weights.whole_gate.items()}
+        x = impose_logits(x, gate["router"], logits - gate.get("logit_bias", torch.zeros(()))).float()
+    routing = TopK(ids, gates, ids, gates, logits, full.routed_experts, full.on_input)
+    side = Side(**{name: value[:tokens] for name, value in draw.side.tensors().items()})
+    return Draw(x, routing, upstream, side, dense_x)
 
 
 def row_sums(weights: Weights) -> dict[str, Tensor]:
@@ -208,12 +213,6 @@ def row_sums(weights: Weights) -> dict[str, Tensor]:
 def _countable(value: Tensor) -> Tensor:
     """What torch can sum: fp8 as the integers that its bits are."""
     return value.detach().view(torch.uint8) if value.dtype == torch.float8_e4m3fn else value.detach()
-
-
-def _leaves(weights: Weights) -> Weights:
-    """The same storage as leaves that collect gradients."""
-    leaves: dict[str, Any] = {name: value.detach().requires_grad_() for name, value in weights.tensors().items()}
-    return Weights(**leaves)
 
 
 def _poison(output: Any) -> None:
@@ -228,5 +227,6 @@ def _shape(problem: Problem, *, interpreted: bool) -> str:
     return f"{shape}, reduced twin in Triton's interpreter" if interpreted else shape
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None

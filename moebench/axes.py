@@ -13,14 +13,24 @@ from dataclasses import dataclass
 from moebench import providers
 from moebench.catalogue.models import resolve_layer
 from moebench.catalogue.names import nearest
-from moebench.catalogue.routers import ROUTERS
+from moebench.catalogue.routers import ROUTERS, is_file
 from moebench.catalogue.spec import ACTIVATIONS
-from moebench.point import DIRECTIONS, DROPLESS, LAYOUTS, PHASES, PRECISIONS, SCOPES
+from moebench.point import (
+    DIRECTIONS,
+    DROP_ORDERS,
+    DROPLESS,
+    LAYOUTS,
+    PHASES,
+    PRECISIONS,
+    ROUNDINGS,
+    SCOPES,
+)
 from moebench.traffic import parse_traffic
 
 Value = int | float | str
 
 CUSTOM = "custom"
+ROUTER_MODES = ("inference", "training")
 MAX_WHOLE = 2**30
 MAX_SHOWN = 60
 
@@ -72,10 +82,10 @@ def read_name(allowed: Iterable[str]) -> Callable[[object], Value]:
 
 
 def read_capacity(value: object) -> Value:
-    """A positive number, or "dropless"."""
+    """A number, or "dropless"; 0 and below only make sense to the rounding "tutel" (`moebench.expand` says so)."""
     if value == DROPLESS:
         return DROPLESS
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_WHOLE:
+    if isinstance(value, int | float) and not isinstance(value, bool) and -MAX_WHOLE <= value <= MAX_WHOLE:
         return float(value)
     hint = nearest(value, (DROPLESS,)) if isinstance(value, str) else ""
     raise ValueError(f'found {shown(value)}{hint} (allowed: finite numbers > 0, or "{DROPLESS}")')
@@ -100,14 +110,20 @@ def read_provider(value: object) -> Value:
     return value
 
 
+def read_router(value: object) -> Value:
+    """A router's name, or path/to/file.py:function."""
+    if isinstance(value, str) and is_file(value):
+        _bounded(value, 1000)
+        return value
+    return read_name(ROUTERS)(value)
+
+
 def read_traffic(value: object) -> Value:
-    """A traffic pattern in its canonical spelling; recorded traces are not built yet."""
+    """A traffic pattern in its canonical spelling."""
     if not isinstance(value, str):
         raise ValueError(f"found {shown(value)}; allowed: a traffic pattern such as 'zipf:1.2'")
-    traffic = parse_traffic(value)
-    if traffic.pattern == "trace":
-        raise ValueError(f"traffic {shown(value)}: recorded traces are not built yet")
-    return str(traffic)
+    _bounded(value, 1000)
+    return str(parse_traffic(value))
 
 
 def _bounded(text: str, most: int) -> None:
@@ -123,7 +139,10 @@ AXES: dict[str, Axis] = {
     "experts": Axis(read_whole(1), "layer", number=True),
     "top_k": Axis(read_whole(1), "layer", number=True),
     "granularity": Axis(read_whole(1), "layer", number=True),
-    "router": Axis(read_name(ROUTERS), "layer"),
+    "router": Axis(read_router, "layer"),
+    "router_mode": Axis(read_name(ROUTER_MODES), "layer"),
+    "groups": Axis(read_whole(1), "layer", number=True),
+    "topk_groups": Axis(read_whole(1), "layer", number=True),
     "tokens": Axis(read_whole(1), "problem", number=True),
     "traffic": Axis(read_traffic, "problem"),
     "direction": Axis(read_name(DIRECTIONS), "problem"),
@@ -132,6 +151,8 @@ AXES: dict[str, Axis] = {
     "provider": Axis(read_provider, "variant"),
     "precision": Axis(read_name(PRECISIONS), "variant"),
     "capacity_factor": Axis(read_capacity, "variant", number=True),
+    "capacity_rounding": Axis(read_name(ROUNDINGS), "variant"),
+    "drop_order": Axis(read_name(DROP_ORDERS), "variant"),
     "layout": Axis(read_name(LAYOUTS), "variant"),
     "scope": Axis(read_name(SCOPES), "variant"),
 }

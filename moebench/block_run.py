@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from moebench.catalogue.layer_forms import LAYER_FORMS
 from moebench.measure.latency import SLOW_CALL_MS, enough, shortfall
 from moebench.point import YARDSTICKS, Block, Point, Problem, Variant, digest
+from moebench.providers import is_yardstick
 from moebench.refusal import refusal
 from moebench.remote import Reply, WorkerLost
 from moebench.suite import Budget
-from moebench.work import Work, dense_work, point_work
+from moebench.work import Work, dense_work, layer_form_work, point_work
 
 BURST_S = 0.02  # bursts are short so that rounds are many: drift then hits every arm alike
 MAX_BURST = 10
@@ -105,7 +107,7 @@ class Settings:
 def entries_of(block: Block, *, yardsticks: bool) -> list[Entry]:
     """The block's arms, and the yardsticks that go with every block (gemm once for each precision)."""
     arms = [
-        Entry(index, point, digest(point), "yardstick" if point.variant.provider == "dense-ffn" else "arm")
+        Entry(index, point, digest(point), "yardstick" if is_yardstick(point.variant.provider) else "arm")
         for index, point in enumerate(block.points())
     ]
     added = [Point(block.problem, variant) for variant in yardstick_variants(block)] if yardsticks else []
@@ -312,5 +314,7 @@ def work_of(entry: Entry) -> Work | None:
         return None
     if point.variant.provider == "dense-ffn":
         return dense_work(point.problem, point.variant)
+    if point.variant.provider in LAYER_FORMS:
+        return layer_form_work(point.problem, point.variant)
     facts = entry.facts
     return point_work(point.problem, point.variant, active_experts=facts["active_experts"], kept=facts["kept"])

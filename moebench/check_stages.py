@@ -8,23 +8,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebench import oracle
-from moebench.answer import CHECK_TOKENS, Answer, Wrong, sample_tokens, tensor_of
+from moebench import expected, oracle
+from moebench.answer import CHECK_TOKENS, Answer, Wrong, tensor_of
 from moebench.measure.errors import NO_ERROR, Errors, errors_of
 from moebench.providers.base import Case, StagedProvider, State
-from moebench.workload import Weights
+from moebench.routing.forms import Mix, Ragged
+from moebench.weights import Weights
 
 
 def _check_gate(provider: StagedProvider, case: Case, weights: Weights, answer: Answer, state: State) -> Errors:
+    x = answer.inputs.x.double()
+    found = expected.routing(case.layer, weights, x, answer.inputs.side)
+    if isinstance(found, Mix):
+        dispatch, combine = answer.output
+        return errors_of(dispatch, found.dispatch).worst(errors_of(combine, found.combine))
+    if isinstance(found, Ragged):
+        return _check_ragged(answer.output, found)
     ids, gates = answer.output
-    if tuple(ids.shape) != (case.tokens, case.layer.top_k):
-        raise Wrong(f"gate returned ids of shape {list(ids.shape)}, not [T, K] = {[case.tokens, case.layer.top_k]}")
-    pick = sample_tokens(answer.wanted_ids).to(ids.device)
-    want, want_gates = oracle.gate(case.layer, weights, answer.inputs.x[pick].double())
-    order, want_order = ids[pick].long().argsort(1), want.argsort(1)
-    if not torch.equal(ids[pick].long().gather(1, order), want.gather(1, want_order)):
+    if ids.shape != found.ids.shape:
+        wanted = [case.tokens, case.layer.top_k]
+        raise Wrong(f"gate returned ids of shape {list(ids.shape)}, not [T, K] = {wanted}")
+    order, want_order = ids.long().argsort(1), found.ids.argsort(1)
+    if not torch.equal(ids.long().gather(1, order), found.ids.gather(1, want_order)):
         raise Wrong("gate chose other experts than the float64 gate")
-    return errors_of(gates[pick].gather(1, order), want_gates.gather(1, want_order))
+    return errors_of(gates.gather(1, order), found.weights.gather(1, want_order))
+
+
+def _check_ragged(output: tuple[Tensor, Tensor, Tensor], found: Ragged) -> Errors:
+    """(token, expert, weight) in any order against the float64 gate's."""
+    token, expert, weight = output
+    kept = expert >= 0
+    pair = (token * found.routed_experts + expert)[kept]
+    wanted_token, wanted_expert, wanted = found.assignments()
+    order, want_order = pair.argsort(), (wanted_token * found.routed_experts + wanted_expert).argsort()
+    if not torch.equal(pair[order], (wanted_token * found.routed_experts + wanted_expert)[want_order]):
+        raise Wrong("gate chose other assignments than the float64 gate")
+    return errors_of(weight[kept][order], wanted[want_order])
 
 
 def _check_plan(provider: StagedProvider, case: Case, weights: Weights, answer: Answer, state: State) -> Errors:
@@ -58,14 +77,15 @@ def _check_permute(provider: StagedProvider, case: Case, weights: Weights, answe
 
 def _check_up(provider: StagedProvider, case: Case, weights: Weights, answer: Answer, state: State) -> Errors:
     def expected(rows: Tensor, expert: int) -> Tensor:
-        return oracle.hidden(case.layer, rows, weights.w_gate_up[expert].double())
+        return oracle.hidden(case.layer, rows, weights.w_gate_up[expert].double(), weights.expert_biases(expert)[0])
 
     return _check_gemm(provider, case, answer, provider.scope_inputs(state, answer.inputs), expected)
 
 
 def _check_down(provider: StagedProvider, case: Case, weights: Weights, answer: Answer, state: State) -> Errors:
     def expected(rows: Tensor, expert: int) -> Tensor:
-        return rows @ weights.w_down[expert].double().T
+        out, bias = rows @ weights.w_down[expert].double().T, weights.expert_biases(expert)[1]
+        return out if bias is None else out + bias
 
     return _check_gemm(provider, case, answer, provider.scope_inputs(state, answer.inputs), expected)
 

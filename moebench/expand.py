@@ -29,7 +29,10 @@ Row = dict[str, Any]
 
 # What an axis is where a suite does not name it.
 PROBLEM_DEFAULTS: Row = {"traffic": "balanced", "direction": "forward", "phase": "", "seed": 0}
-VARIANT_DEFAULTS: Row = {"precision": "fp32", "capacity_factor": "dropless", "layout": "single", "scope": "layer"}
+VARIANT_DEFAULTS: Row = {
+    "precision": "fp32", "capacity_factor": "dropless", "capacity_rounding": "ceil", "drop_order": "position",
+    "layout": "single", "scope": "layer",
+}  # fmt: skip
 PROBLEM_AXES = tuple(name for name, axis in AXES.items() if axis.part == "problem")
 
 

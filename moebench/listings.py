@@ -6,14 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moebench.catalogue.routers import RouterInfo
 
 Row = dict[str, Any]
 
 COLUMNS = {
     "models": ("id", "year", "experts", "top_k", "hidden", "ffn", "moe_layers", "total", "active", "router", "state"),
     "providers": ("name", "role", "state", "version", "summary", "reason"),
-    "routers": ("name", "built", "rule", "source"),
+    "routers": ("name", "rule", "source", "balance", "causal", "capacity"),
     "suites": ("name", "points_cpu", "points_cuda", "question"),
     "hardware": ("name", "vendor", "bf16_dense_tflops", "mem_gb", "mem_bw_gbs", "power_w", "usd_per_gpu_hour",
                  "price_basis"),
@@ -59,12 +62,27 @@ def providers() -> list[Row]:
 
 
 def routers() -> list[Row]:
-    """Every router the catalogue names."""
+    """Every router: what it does, who published it, what balances it, and whether later tokens matter to it."""
     from moebench.catalogue.routers import ROUTERS
 
-    return [
-        {"name": name, "built": info.built, "rule": info.rule, "source": info.source} for name, info in ROUTERS.items()
-    ]
+    return [_router(name, info) for name, info in ROUTERS.items()]
+
+
+def _router(name: str, info: RouterInfo) -> Row:
+    return {
+        "name": name,
+        "rule": info.summary,
+        "source": info.source,
+        "balance": info.balance,
+        "causal": {"inference": "in inference"}.get(info.causal, info.causal),
+        "capacity": info.capacity or "as the point says",
+        "form": info.form,
+        "weights_sum": info.weights,
+        "top_k": "any" if info.picks is None else "E" if info.picks == "all" else info.picks,
+        "looks_at": ", ".join(("x", *info.side)) if name != "mixer" else "context",
+        "noise_in_training": info.noise,
+        "imposable": info.imposable,
+    }
 
 
 def suites() -> list[Row]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from moebench.catalogue.spec import LayerSpec, RouterSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 DROPLESS = "dropless"
 DIRECTIONS = ("forward", "forward_backward")
@@ -24,6 +24,8 @@ PLAIN_PRECISIONS = ("fp32", "bf16", "fp16")
 QUANTISED_PRECISIONS = ("fp8:row", "fp8:128", "int8", "w4a16:128")  # of the experts' matrices; all else is bf16
 PRECISIONS = PLAIN_PRECISIONS + QUANTISED_PRECISIONS
 LAYOUTS = ("single",)
+ROUNDINGS = ("ceil", "gshard", "mesh", "lingvo", "v-moe", "tutel")  # of a capacity; see moebench.routing.capacity
+DROP_ORDERS = ("position", "choice", "probability", "batch_priority", "reroute")  # who keeps an expert's slots
 PHASES = ("prefill", "decode", "train", "")
 YARDSTICKS = ("copy", "read", "gemm")
 DRAWS = 4  # input and routing draws that rotate, the same for every arm
@@ -53,13 +55,28 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Capacity:
+    """How many assignments an expert takes, and which.
+
+    Attributes:
+        factor: a positive number (with rounding "tutel" any number), or "dropless".
+        rounding: one of `ROUNDINGS`, from the factor to C slots.
+        order: one of `DROP_ORDERS`.
+    """
+
+    factor: float | str = DROPLESS
+    rounding: str = "ceil"
+    order: str = "position"
+
+
+@dataclass(frozen=True)
 class Variant:
     """One way to compute a Problem.
 
     Attributes:
         provider: name, or "path/to/file.py:function".
         precision: one of `PRECISIONS`.
-        capacity_factor: a positive number, or "dropless".
+        capacity_factor, capacity_rounding, drop_order: as in `Capacity`.
         layout: one of `LAYOUTS`.
         scope: one of `SCOPES`.
     """
@@ -67,8 +84,15 @@ class Variant:
     provider: str
     precision: str = "fp32"
     capacity_factor: float | str = DROPLESS
+    capacity_rounding: str = "ceil"
+    drop_order: str = "position"
     layout: str = "single"
     scope: str = "layer"
+
+    @property
+    def capacity(self) -> Capacity:
+        """The capacity rule."""
+        return Capacity(self.capacity_factor, self.capacity_rounding, self.drop_order)
 
 
 @dataclass(frozen=True)

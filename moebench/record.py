@@ -38,6 +38,13 @@ PERFORMANCE = (
 )  # fmt: skip
 
 
+# Statistics of the routing (moebench.routing.statistics), means over the timed draws; known wherever an arm was built.
+ROUTING_COLUMNS = (
+    "drop_rate", "load_max_over_mean", "active_experts", "load_cv", "load_entropy", "load_gini", "collapsed_experts",
+    "active_over_uniform", "unrouted_tokens", "most_experts_per_token", "balance_loss",
+)  # fmt: skip
+
+
 class Record(BaseModel):
     """One row of results.parquet; the fields are its columns, in order.
 
@@ -69,7 +76,10 @@ class Record(BaseModel):
     top_k: int
     shared_experts: int = 0
     capacity_factor: float | None = None  # null: dropless
+    capacity_rounding: str = "ceil"
+    drop_order: str = "position"
     router: str
+    router_mode: str = "inference"
     traffic: str
     phase: str = ""
     seed: int = 0
@@ -105,6 +115,14 @@ class Record(BaseModel):
     drop_rate: float | None = None
     load_max_over_mean: float | None = None
     active_experts: float | None = None
+    load_cv: float | None = None
+    load_entropy: float | None = None  # over log E: 1 is even
+    load_gini: float | None = None
+    collapsed_experts: float | None = None  # share of E below a tenth of the mean load
+    active_over_uniform: float | None = None  # active experts over what uniform routing would be expected to reach
+    unrouted_tokens: float | None = None  # share of T that no expert kept
+    most_experts_per_token: float | None = None
+    balance_loss: float | None = None  # Switch's, alpha 1: 1 is even
     flags: list[str] = []
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from moebench.catalogue.hardware import Hardware
 from moebench.derive import cost, limit_ms, performance
 from moebench.measure.latency import median_interval
 from moebench.point import DRAWS, DROPLESS, YARDSTICKS, Block, digest
-from moebench.record import Record
+from moebench.record import ROUTING_COLUMNS, Record
 from moebench.work import BYTES_PER_WEIGHT
 
 
@@ -73,7 +73,10 @@ def _identity(entry: Entry, block: Block, context: Context) -> dict[str, Any]:
         "top_k": layer.top_k,
         "shared_experts": layer.shared_experts,
         "capacity_factor": None if variant.capacity_factor == DROPLESS else variant.capacity_factor,
+        "capacity_rounding": variant.capacity_rounding,
+        "drop_order": variant.drop_order,
         "router": layer.router.kind,
+        "router_mode": "training" if layer.router.training else "inference",
         "traffic": problem.traffic,
         "phase": problem.phase,
         "seed": problem.seed,
@@ -83,7 +86,7 @@ def _identity(entry: Entry, block: Block, context: Context) -> dict[str, Any]:
 
 def _routing(entry: Entry) -> dict[str, Any]:
     facts = entry.facts
-    names = ("drop_rate", "load_max_over_mean", "active_experts") if entry.role == "arm" else ()
+    names = ROUTING_COLUMNS if entry.role == "arm" else ()
     backward = 3.0 if entry.point.problem.direction == "forward_backward" else 1.0
     executed = facts.get("executed_flops")
     return {

@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
+from moebench.catalogue.routers import imposable, router_info
 from moebench.catalogue.support import missing
-from moebench.point import QUANTISED_PRECISIONS, STAGES, Problem, Variant, base_precision
+from moebench.point import DROPLESS, QUANTISED_PRECISIONS, STAGES, Problem, Variant, base_precision
 
 NEEDS_ROUTER = ("layer", "gate")
 # Imposed logits are z = W x. Near a square W some x are hundreds of times larger than z, and rounding them to 16 bits
 # flips choices: of 1,536 tokens 49 in bf16 at E = D = 64, and 169 at 256; none at E = 0.8 D.
 WELL_CONDITIONED = 0.8
-NEEDS_EXPERTS = ("layer", "experts", "up_projection", "down_projection", "combine")
 
 
 def refusal(problem: Problem, variant: Variant) -> str | None:
     """Why no provider can run this point, or None. A part that is not built is named, never replaced."""
     if variant.precision in QUANTISED_PRECISIONS and (cannot := _cannot_quantise(problem, variant)):
         return cannot
-    reasons, scope = missing(problem.layer), variant.scope
-    if scope in NEEDS_EXPERTS:
-        for part in ("activation", "expert_bias"):
-            if part in reasons:
-                return f"{problem.model}: {reasons[part]}"
-    if "shared" in reasons and scope == "layer":
-        return f"{problem.model}: {reasons['shared']}; scope 'experts' runs without it"
-    if "router" in reasons and (scope in NEEDS_ROUTER or problem.traffic == "router"):
-        needs = f"traffic {problem.traffic!r}" if problem.traffic == "router" else f"scope {scope!r}"
-        without = "scope 'experts' under balanced, uniform, zipf or active traffic does not"
-        return f"{problem.model}: {reasons['router']}; {needs} needs it, {without}"
-    if scope in NEEDS_ROUTER:
-        cannot = _cannot_impose(problem) if problem.traffic != "router" else None
-        return cannot or _cannot_hold(problem, variant)
+    if reasons := missing(problem.layer):
+        return f"{problem.model}: {next(iter(reasons.values()))}"
+    return _capacity(problem, variant) or _traffic(problem, variant)
+
+
+def _capacity(problem: Problem, variant: Variant) -> str | None:
+    """Why the capacity rule cannot go with the router."""
+    info, kind = router_info(problem.layer.router.kind), problem.layer.router.kind
+    if variant.capacity_factor == DROPLESS:
+        return None
+    if info.form != "TopK":
+        return f"router {kind!r} has a capacity of its own ({info.capacity}); capacity_factor 'dropless' can be run"
+    if problem.layer.router.zero_experts:
+        return f"router {kind!r} with zero experts is dropless"
+    if float(variant.capacity_factor) <= 0 and variant.capacity_rounding != "tutel":
+        rounding = f"with capacity_rounding {variant.capacity_rounding!r}"
+        return f"capacity_factor {variant.capacity_factor:g} {rounding}: it must be above 0 (or use 'tutel')"
     return None
+
+
+def _traffic(problem: Problem, variant: Variant) -> str | None:
+    """Why the traffic cannot be had with the router, the scope and the precision."""
+    info, kind, own = router_info(problem.layer.router.kind), problem.layer.router.kind, problem.traffic == "router"
+    if "token_ids" in info.side and problem.traffic.partition(":")[0] in ("active", "trace"):
+        return f"router {kind!r} chooses by token id; traffic balanced, uniform, zipf and router can be run"
+    if info.form != "TopK" and not (own or imposable(problem.layer.router)):
+        return f"router {kind!r} chooses no experts that traffic {problem.traffic!r} could ask for; use 'router'"
+    if variant.scope not in NEEDS_ROUTER:
+        return None
+    if not (own or "token_ids" in info.side):
+        return _cannot_impose(problem) or _cannot_hold(problem, variant)
+    return _cannot_hold(problem, variant)
 
 
 def _cannot_quantise(problem: Problem, variant: Variant) -> str | None:
@@ -45,20 +62,34 @@ def _cannot_quantise(problem: Problem, variant: Variant) -> str | None:
 
 
 def _cannot_impose(problem: Problem) -> str | None:
-    layer = problem.layer
-    if layer.routed_experts <= layer.hidden_size:
+    layer, kind = problem.layer, problem.layer.router.kind
+    choices = layer.routed_experts + layer.router.zero_experts
+    if not imposable(layer.router):
+        how = "whose noise depends on x" if router_info(kind).imposable else "which is not a linear map of x"
+        return (
+            f"traffic {problem.traffic!r} cannot be imposed on router {kind!r}, {how}; "
+            "traffic 'router' and scope 'experts' can be run"
+        )
+    if choices <= layer.hidden_size:
         return None
     return (
-        f"traffic {problem.traffic!r} cannot be imposed on a router with more experts ({layer.routed_experts}) "
+        f"traffic {problem.traffic!r} cannot be imposed on a router with more experts ({choices}) "
         f"than hidden units ({layer.hidden_size}); traffic 'router' and scope 'experts' can be run"
     )
 
 
 def _cannot_hold(problem: Problem, variant: Variant) -> str | None:
-    layer = problem.layer
-    if variant.precision == "fp32" or layer.routed_experts <= WELL_CONDITIONED * layer.hidden_size:
+    """Why 16 bits would change what is chosen."""
+    layer, info = problem.layer, router_info(problem.layer.router.kind)
+    if variant.precision == "fp32":
         return None
     rounding = f"rounding to {base_precision(variant.precision)}"
+    if layer.router.training and info.noise:
+        return f"in training, {rounding} flips choices that router {layer.router.kind!r} draws; fp32 can be run"
+    if not info.imposable and "token_ids" not in info.side and layer.router.kind != "mixer" and info.form == "TopK":
+        return f"{rounding} flips choices of router {layer.router.kind!r}, which takes x as it comes; fp32 can be run"
+    if not info.imposable or layer.routed_experts <= WELL_CONDITIONED * layer.hidden_size:
+        return None
     return (
         f"with {layer.routed_experts} experts and {layer.hidden_size} hidden units, {rounding} "
         "flips choices of the router; fp32 and scope 'experts' can be run"

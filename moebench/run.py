@@ -20,7 +20,7 @@ from moebench.failures import RunError
 from moebench.manifest import new_manifest, now, require_same
 from moebench.options import Options
 from moebench.point import Block
-from moebench.providers import is_file
+from moebench.providers import is_file, is_yardstick
 from moebench.record import FAULTS, GOOD, Manifest, Record
 from moebench.recording import Context, record_of, skipped
 from moebench.remote import Remote, Reply, WorkerLost
@@ -163,7 +163,7 @@ class _Run:
         self.directory.write_manifest(ended)
         outcome = Outcome(self.options.out, interrupted=finished == "interrupted")
         for record in records:
-            if record.role == "arm" or record.provider == "dense-ffn":
+            if record.role == "arm" or is_yardstick(record.provider):
                 outcome.counts[record.status] += 1
                 if record.status not in GOOD:
                     outcome.reasons[record.provider, record.status, record.reason or ""] += 1

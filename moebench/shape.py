@@ -11,14 +11,17 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from moebench.axes import CUSTOM
+from moebench.axes import CUSTOM, ROUTER_MODES
 from moebench.catalogue.models import resolve_layer
+from moebench.catalogue.routers import needed_picks, router_info
 from moebench.catalogue.spec import LayerSpec, RouterSpec
 
 PLAIN = ("hidden_size", "expert_ffn_size")
 NEEDED_BY_PLAIN = ("hidden_size", "expert_ffn_size", "experts", "top_k")
-# Rules that are defined for one number of picks only.
-FIXED_TOP_K = {"switch_top1": 1, "recycle_top1": 1, "sigmoid_input": 1, "gshard_top2": 2}
+DEFAULT_LIMIT = 10.0  # DeepSeek-V4's
+# Routers whose groups limit what a token may choose; elsewhere groups are nodes or domains.
+LIMITED = ("sigmoid_bias", "sqrt_softplus_bias", "softmax_bias", "group_limited", "group_limited_sum2",
+           "hierarchical_noisy_topk")  # fmt: skip
 
 Layer = dict[str, Any]
 
@@ -34,6 +37,8 @@ def effective(axes: Mapping[str, Any]) -> Layer | str:
     experts = axes.get("experts") or base.routed_experts  # type: ignore[union-attr]  # a plain shape names its experts
     top_k = axes.get("top_k") or base.top_k  # type: ignore[union-attr]
     ffn = base.expert_ffn_size if base else axes["expert_ffn_size"]
+    kind = axes.get("router") or (base.router.kind if base else RouterSpec.kind)
+    router = _router(kind, base)
     layer = {
         "model": model,
         "hidden_size": base.hidden_size if base else axes["hidden_size"],
@@ -42,27 +47,36 @@ def effective(axes: Mapping[str, Any]) -> Layer | str:
         "experts": experts * split,
         "top_k": top_k * split,
         "granularity": split,
-        "router": axes.get("router") or (base.router.kind if base else RouterSpec.kind),
+        "router": kind,
+        "router_mode": axes.get("router_mode", ROUTER_MODES[router.training]),
+        "groups": axes.get("groups", router.groups),
+        "topk_groups": axes.get("topk_groups", min(router.topk_groups, axes.get("groups", router.groups))),
     }
     if ffn % split:
         return f"granularity {split} does not divide expert_ffn_size {ffn}"
-    return impossible(layer, base.router if base else None) or layer
+    return impossible(layer) or layer
 
 
-def impossible(layer: Layer, router: RouterSpec | None) -> str | None:
+def impossible(layer: Layer) -> str | None:
     """Why E experts and K picks cannot go together under the router, or None."""
-    E, K, kind = layer["experts"], layer["top_k"], layer["router"]
+    E, K, kind, groups = layer["experts"], layer["top_k"], layer["router"], layer["groups"]
     if K > E:
         return f"top_k {K} is more than {E} experts"
-    fixed = FIXED_TOP_K.get(kind, K)
-    if fixed != K:
+    fixed = needed_picks(kind, E)
+    if fixed is not None and fixed != K:
         return f"router {kind!r} picks {fixed}, not {K}"
-    if router is None or router.kind != kind or router.groups == 1:
+    if groups == 1:
         return None
-    if E % router.groups:
-        return f"{E} experts do not fall into the {router.groups} groups of {layer['model']}"
-    reach = router.topk_groups * E // router.groups
-    return f"top_k {K} is more than the {reach} experts in {router.topk_groups} groups" if reach < K else None
+    if E % groups:
+        return f"{E} experts do not fall into {groups} groups"
+    if layer["topk_groups"] > groups:
+        return f"topk_groups {layer['topk_groups']} is more than {groups} groups"
+    if kind == "hierarchical_noisy_topk" and K % layer["topk_groups"]:
+        return f"router {kind!r} picks as many of each of its {layer['topk_groups']} groups, and {K} does not divide"
+    if kind not in LIMITED and layer["topk_groups"] == 1:
+        return None  # groups that say where an expert is, not what may be chosen
+    reach = layer["topk_groups"] * E // groups
+    return f"top_k {K} is more than the {reach} experts in {layer['topk_groups']} groups" if reach < K else None
 
 
 def build(layer: Layer) -> tuple[str, LayerSpec]:
@@ -70,20 +84,42 @@ def build(layer: Layer) -> tuple[str, LayerSpec]:
 
     Another router than the preset's comes with its default parameters.
     """
+    model = layer["model"]
+    base = None if model == CUSTOM else preset(model)
+    router = replace(
+        _router(layer["router"], base),
+        training=layer["router_mode"] == "training",
+        groups=layer["groups"],
+        topk_groups=layer["topk_groups"],
+    )
+    activation = layer["activation"]
     shape = {
-        "activation": layer["activation"],
+        "activation": activation,
+        "activation_limit": _limit(activation, base),
         "expert_ffn_size": layer["expert_ffn_size"],
         "routed_experts": layer["experts"],
         "top_k": layer["top_k"],
+        "router": router,
     }
-    model, kind = layer["model"], layer["router"]
-    if model == CUSTOM:
-        router = RouterSpec(kind=kind)
-        return CUSTOM, LayerSpec(layer["hidden_size"], router=router, **shape)
-    base = preset(model)
-    router = base.router if base.router.kind == kind else RouterSpec(kind=kind)
-    spec = replace(base, router=router, **shape)
-    return (model if spec == base else f"{model}*"), spec
+    if base is None:
+        return CUSTOM, LayerSpec(layer["hidden_size"], **shape)
+    spec = replace(base, **shape)
+    # Training is how a layer is used, not another layer.
+    same = replace(spec, router=replace(router, training=base.router.training)) == base
+    return (model if same else f"{model}*"), spec
+
+
+def _router(kind: str, base: LayerSpec | None) -> RouterSpec:
+    """The preset's own router, or another with its default parameters."""
+    if base is not None and base.router.kind == kind:
+        return base.router
+    return RouterSpec(kind, **router_info(kind).defaults)
+
+
+def _limit(activation: str, base: LayerSpec | None) -> float | None:
+    if activation != "limited_swiglu":
+        return None
+    return base.activation_limit if base and base.activation_limit else DEFAULT_LIMIT
 
 
 @cache

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moebench.point import Block
+from moebench.providers import is_yardstick
 from moebench.record import Manifest, Record
 from moebench.run import Outcome, Progress
 from moebench.suite import Suite
@@ -62,7 +63,7 @@ class LiveProgress(Progress):
     def _block_done(self, block: Block, records: list[Record]) -> None:
         self._bar.advance(self._task)
         line = Text(f"  {block_name(block)}: ")
-        counts = Counter(record.status for record in records if record.role == "arm" or record.provider == "dense-ffn")
+        counts = Counter(record.status for record in records if record.role == "arm" or is_yardstick(record.provider))
         for number, (status, count) in enumerate(counts.items()):
             line.append(", " if number else "").append(f"{count} {status}", STYLES.get(status, "bold red"))
         self._console.print(line)

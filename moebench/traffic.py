@@ -5,7 +5,7 @@ uniform             each token draws its experts independently and uniformly
 zipf:ALPHA          expert popularity falls as rank^-ALPHA
 active:FRACTION@T   skew solved so that T tokens are expected to reach FRACTION of the experts
 router              the layer's own router on random hidden states
-trace:FILE          recorded routing; not built yet
+trace:FILE[@LAYER]  recorded routing (`moebench trace`), of the middle MoE layer where none is named
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-FORMS = ("balanced", "uniform", "zipf:ALPHA", "active:FRACTION@T", "router", "trace:FILE")
+FORMS = ("balanced", "uniform", "zipf:ALPHA", "active:FRACTION@T", "router", "trace:FILE[@LAYER]")
 PATTERNS = tuple(form.partition(":")[0] for form in FORMS)
 
 
@@ -28,6 +28,7 @@ class Traffic:
         fraction: share of active experts of `active`, 0 < fraction <= 1.
         at_tokens: number of tokens at which `fraction` holds, >= 1.
         path: file of `trace`.
+        trace_layer: which of the model's layers, as the trace numbers them; None: the middle one.
     """
 
     pattern: str
@@ -35,13 +36,16 @@ class Traffic:
     fraction: float | None = None
     at_tokens: int | None = None
     path: str | None = None
+    trace_layer: int | None = None
 
     def __str__(self) -> str:
         if self.pattern == "zipf":
             return f"zipf:{_plain(self.alpha)}"
         if self.pattern == "active":
             return f"active:{_plain(self.fraction)}@{self.at_tokens}"
-        return f"trace:{self.path}" if self.pattern == "trace" else self.pattern
+        if self.pattern == "trace":
+            return f"trace:{self.path}" + ("" if self.trace_layer is None else f"@{self.trace_layer}")
+        return self.pattern
 
 
 def parse_traffic(text: str) -> Traffic:
@@ -61,9 +65,11 @@ def parse_traffic(text: str) -> Traffic:
         fraction, at_tokens = _active(text, rest)
         return Traffic(pattern, fraction=fraction, at_tokens=at_tokens)
     if pattern == "trace":
-        if not rest:
-            raise ValueError("traffic 'trace' needs a file: trace:FILE")
-        return Traffic(pattern, path=rest)
+        path, at, layer = rest.rpartition("@")
+        named = bool(at) and layer.isascii() and layer.isdigit()
+        if not (path if named else rest):
+            raise ValueError("traffic 'trace' needs a file: trace:FILE, or trace:FILE@LAYER")
+        return Traffic(pattern, path=path, trace_layer=int(layer)) if named else Traffic(pattern, path=rest)
     if colon:
         raise ValueError(f"traffic {_shown(text)}: {pattern} takes no argument")
     return Traffic(pattern)

@@ -20,6 +20,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moebench.catalogue.gate import gate_maps
+from moebench.catalogue.layer_forms import form_work
+from moebench.catalogue.routers import router_info
 from moebench.catalogue.spec import LayerSpec
 from moebench.point import QUANTISED_PRECISIONS, STAGES, Problem, Variant, base_precision
 
@@ -61,6 +64,13 @@ def expected_active(layer: LayerSpec, tokens: int) -> float:
     return E * (1.0 - (1.0 - K / E) ** tokens)
 
 
+def expected_kept(layer: LayerSpec, tokens: int) -> float:
+    """Rows that experts compute when nothing is dropped: T * K, or the slots of a Mix, whatever T is."""
+    if router_info(layer.router.kind).form == "Mix":
+        return float(layer.routed_experts * layer.router.slots)
+    return float(tokens * layer.top_k)
+
+
 def matrix_bytes(rows: int, columns: int, precision: str) -> float:
     """Bytes of one matrix [rows, columns] of an expert, scales included.
 
@@ -96,7 +106,7 @@ def point_work(
     """
     layer, tokens = problem.layer, problem.tokens
     A = expected_active(layer, tokens) if active_experts is None else active_experts
-    kept = float(tokens * layer.top_k) if kept is None else kept
+    kept = expected_kept(layer, tokens) if kept is None else kept
     work = _forward(layer, tokens, A, kept, variant.precision, variant.scope)
     return _with_backward(work) if problem.direction == "forward_backward" else work
 
@@ -110,16 +120,24 @@ def dense_work(problem: Problem, variant: Variant) -> Work:
     return _with_backward(work) if problem.direction == "forward_backward" else work
 
 
+def layer_form_work(problem: Problem, variant: Variant) -> Work:
+    """Work of a layer form, which is another function than the layer's."""
+    flops, params = form_work(variant.provider, problem.layer, problem.tokens)
+    b = BYTES_PER_WEIGHT[variant.precision]
+    hidden = problem.tokens * problem.layer.hidden_size * b
+    return Work(flops, params * b, hidden, hidden)
+
+
 def stage_work(
     layer: LayerSpec, tokens: int, active_experts: float, kept: float, precision: str
 ) -> dict[str, Work]:  # fmt: skip
     """Work of each stage alone, its intermediate inputs and outputs included."""
     b, (up_bytes, down_bytes) = BYTES_PER_WEIGHT[base_precision(precision)], expert_bytes(layer, precision)
-    T, D, F, E, K = tokens, layer.hidden_size, layer.expert_ffn_size, layer.routed_experts, layer.top_k
+    T, D, F, K = tokens, layer.hidden_size, layer.expert_ffn_size, layer.top_k
     m = 2 if layer.gated else 1
     routing_bytes = T * K * (ID_BYTES + GATE_WEIGHT_BYTES)
     return {
-        "gate": Work(2.0 * T * E * D, E * D * b, T * D * b, routing_bytes),
+        "gate": Work(2.0 * T * gate_maps(layer), gate_maps(layer) * b, T * D * b, routing_bytes),
         "plan": Work(0.0, 0.0, T * K * ID_BYTES, kept * ID_BYTES),
         "permute": Work(0.0, 0.0, min(T, kept) * D * b, kept * D * b),
         "up_projection": Work(kept * 2 * m * D * F, active_experts * up_bytes, kept * D * b, kept * F * b),
@@ -139,7 +157,7 @@ def _forward(layer: LayerSpec, tokens: int, active: float, kept: float, precisio
     if scope in STAGES:
         return stages[scope]
     experts = (stages["up_projection"], stages["down_projection"])
-    flops = sum(stage.flops for stage in experts)
+    flops = sum(stage.flops for stage in experts) + _mixing_flops(layer, tokens)
     weights = sum(stage.weight_bytes for stage in experts)
     hidden = tokens * layer.hidden_size * b
     if scope == "experts":
@@ -147,6 +165,13 @@ def _forward(layer: LayerSpec, tokens: int, active: float, kept: float, precisio
     shared_flops, shared_bytes = shared_work(layer, tokens, b)
     gate = stages["gate"]
     return Work(flops + gate.flops + shared_flops, weights + gate.weight_bytes + shared_bytes, hidden, hidden)
+
+
+def _mixing_flops(layer: LayerSpec, tokens: int) -> float:
+    """What blending tokens into slots and back takes (Soft MoE): two products with [T, S]."""
+    if router_info(layer.router.kind).form != "Mix":
+        return 0.0
+    return 4.0 * tokens * expected_kept(layer, tokens) * layer.hidden_size
 
 
 def _with_backward(work: Work) -> Work:

@@ -21,7 +21,7 @@ from moebench.point import PRECISIONS, SCOPES, STAGES
 
 PRICE_OF_SPARSITY = "dense-ffn"
 Row = dict[Hashable, Any]
-_CONTEST = ["block", "scope", "precision", "capacity_factor"]
+_CONTEST = ["block", "scope", "precision", "capacity_factor", "capacity_rounding", "drop_order"]
 
 
 @dataclass(frozen=True)

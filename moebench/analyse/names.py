@@ -10,10 +10,12 @@ import pandas as pd
 
 FAMILY = [
     "run_id", "suite", "device", "model", "hidden_size", "expert_ffn_size", "routed_experts", "top_k", "shared_experts",
-    "router", "traffic", "direction", "seed",
+    "router", "router_mode", "traffic", "direction", "seed",
 ]  # fmt: skip
 PROBLEM = [*FAMILY, "tokens", "phase"]
-VARIANT = ["provider", "precision", "capacity_factor", "layout", "n_devices"]
+VARIANT = [
+    "provider", "precision", "capacity_factor", "capacity_rounding", "drop_order", "layout", "n_devices",
+]  # fmt: skip
 SHAPE = ["hidden_size", "expert_ffn_size", "routed_experts", "top_k", "shared_experts"]
 CUSTOM = "custom"  # the model of plain numbers: its shape is its name
 # Rows that were sampled together, in one process: the only ones whose ratio means anything.
@@ -66,6 +68,8 @@ def _variant_text(row: dict[str, object], changing: set[str]) -> str:
     factor = row["capacity_factor"]
     if "capacity_factor" in changing and not pd.isna(factor):  # type: ignore[call-overload]
         parts.append(f"cap {factor:g}")
+    if not pd.isna(factor):  # type: ignore[call-overload]
+        parts += [str(row[name]) for name in ("capacity_rounding", "drop_order") if name in changing]
     if "layout" in changing:
         parts.append(str(row["layout"]))
     if "n_devices" in changing:
@@ -82,6 +86,8 @@ def _family_text(row: dict[str, object], changing: set[str]) -> str:
         )
     if "router" in changing:
         parts.append(str(row["router"]))
+    if "router_mode" in changing:
+        parts.append(str(row["router_mode"]))
     if "traffic" in changing:
         parts.append(str(row["traffic"]))
     if row["direction"] != "forward":

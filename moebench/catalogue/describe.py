@@ -158,7 +158,7 @@ def _shape(layer: LayerSpec) -> Row:
         "gated": layer.gated,
         "expert_bias": layer.expert_bias,
         "router": router.kind,
-        "router_rule": ROUTERS[router.kind].rule,
+        "router_rule": ROUTERS[router.kind].summary,
         "normalise": router.normalise,
         "scale": router.scale,
         "groups": router.groups,

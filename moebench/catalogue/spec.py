@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-GATED_ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
+from moebench.catalogue.gate import gate_params
+
+GATED_ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", "limited_swiglu")
 UNGATED_ACTIVATIONS = ("relu", "gelu", "silu", "relu2")
 ACTIVATIONS = GATED_ACTIVATIONS + UNGATED_ACTIVATIONS
 
 # How the always-on FFN joins the routed sum. "none" goes with shared_experts = 0.
-SHARED_COMBINES = ("none", "add", "sigmoid_gate", "residual", "scaled_residual")
+#   add              FFN + MoE (DeepSeekMoE, Kimi, GLM)      residual      the same, of a whole dense FFN (OpenMoE)
+#   sigmoid_gate     sigmoid(w x) FFN + MoE (Qwen)           parallel      FFN of another input + MoE (Arctic)
+#   learned_mix      a softmax of two weighs MoE and FFN (DeepSpeed's Residual-MoE, arXiv 2201.05596)
+#   cmr              (1 - g) FFN + g MoE, g = sigmoid(w x) (NLLB)
+#   scaled_residual  (FFN + MoE) / sqrt(2) (Grok-2)
+SHARED_COMBINES = (
+    "none", "add", "sigmoid_gate", "residual", "scaled_residual", "parallel", "learned_mix", "cmr",
+)  # fmt: skip
+SHARED_GATES = {"sigmoid_gate": 1, "cmr": 1, "learned_mix": 2}  # rows of the map that weighs the FFN
 
 
 @dataclass(frozen=True)
@@ -24,9 +34,12 @@ class RouterSpec:
         kind: a name in `moebench.catalogue.routers.ROUTERS`.
         normalise: whether the K selected weights are divided by their sum.
         scale: factor on the weights after normalisation (routed_scaling_factor).
-        groups: number of expert groups (1: no grouping).
+        groups: number of expert groups (1: no grouping); of two-level routers the first level, of locality_bias nodes.
         topk_groups: how many groups a token may choose from.
         logit_bias: whether the router's linear map has a bias (gpt-oss).
+        training: whether it routes as in training, with noise and batch-wide assignment, or as in inference.
+        slots: slots an expert, of Soft MoE.
+        zero_experts: further experts that return their input (LongCat-Flash).
     """
 
     kind: str = "softmax_topk"
@@ -35,6 +48,9 @@ class RouterSpec:
     groups: int = 1
     topk_groups: int = 1
     logit_bias: bool = False
+    training: bool = False
+    slots: int = 1
+    zero_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,11 +63,13 @@ class LayerSpec:
         routed_experts: E.
         top_k: K, experts each token goes to.
         activation: one of `ACTIVATIONS`; the gated ones have two input maps.
+        activation_limit: where limited_swiglu clamps (DeepSeek-V4: 10); None for the others.
         expert_bias: whether the experts' linear maps carry biases.
         router: how tokens choose.
         shared_experts: number of always-on experts (0: none).
         shared_ffn_size: inner width of one shared expert.
         shared_combine: one of `SHARED_COMBINES`.
+        shared_activation: of the shared experts where it is not the routed ones' (Hy V4), as gated as that; or None.
     """
 
     hidden_size: int
@@ -59,11 +77,13 @@ class LayerSpec:
     routed_experts: int
     top_k: int
     activation: str = "swiglu"
+    activation_limit: float | None = None
     expert_bias: bool = False
     router: RouterSpec = field(default_factory=RouterSpec)
     shared_experts: int = 0
     shared_ffn_size: int = 0
     shared_combine: str = "none"
+    shared_activation: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "expert_ffn_size", "routed_experts", "top_k"):
@@ -75,8 +95,13 @@ class LayerSpec:
             raise ValueError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.shared_combine not in SHARED_COMBINES:
             raise ValueError(f"shared_combine {self.shared_combine!r} is not one of {', '.join(SHARED_COMBINES)}")
+        other = self.shared_activation
+        if other is not None and (other not in ACTIVATIONS or (other in GATED_ACTIVATIONS) != self.gated):
+            raise ValueError(f"shared_activation {other!r} does not go with activation {self.activation!r}")
         if (self.shared_experts > 0) != (self.shared_combine != "none"):
             raise ValueError("shared_experts and shared_combine must both be set or both be absent")
+        if (self.activation_limit is not None) != (self.activation == "limited_swiglu"):
+            raise ValueError("activation_limit goes with limited_swiglu, and with it alone")
 
     @property
     def gated(self) -> bool:
@@ -93,12 +118,12 @@ class LayerSpec:
         return ffn_params(self.hidden_size, self.expert_ffn_size, gated=self.gated, bias=self.expert_bias)
 
     def router_params(self) -> int:
-        """Parameters of the router's linear map (auxiliary selection biases are not counted)."""
-        return self.routed_experts * (self.hidden_size + self.router.logit_bias)
+        """Parameters of the gate (auxiliary selection biases are not counted)."""
+        return gate_params(self)
 
     def shared_params(self) -> int:
         """Parameters of the shared experts and of the gate on them."""
-        gate = self.hidden_size if self.shared_combine == "sigmoid_gate" else 0
+        gate = self.hidden_size * SHARED_GATES.get(self.shared_combine, 0)
         return ffn_params(self.hidden_size, self.shared_width, gated=self.gated) + gate if self.shared_width else 0
 
     def total_params(self) -> int:

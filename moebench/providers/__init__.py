@@ -133,6 +133,11 @@ def is_known(name: str) -> bool:
     return name in PROVIDERS or is_file(name) or name in entry_points()
 
 
+def is_yardstick(name: str) -> bool:
+    """Whether it computes another function than the layer's: measured beside the arms, never a winner."""
+    return name in PROVIDERS and PROVIDERS[name].role == "yardstick"
+
+
 def is_file(name: str) -> bool:
     """Whether it reads as `path/to/file.py:function`."""
     path, _, function = name.rpartition(":")

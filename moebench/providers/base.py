@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moebench.catalogue.routers import router_info
 from moebench.catalogue.spec import LayerSpec
 from moebench.catalogue.support import BUILT_ACTIVATIONS
-from moebench.point import DROPLESS, PLAIN_PRECISIONS, STAGES
-from moebench.routing import apply_capacity, capacity_slots, route
-from moebench.workload import Inputs, Weights
+from moebench.point import PLAIN_PRECISIONS, STAGES, Capacity
+from moebench.routing.build import with_capacity
+from moebench.routing.capacity import capacity_slots
+from moebench.routing.forms import FORMS, Mix, Ragged, Routing
+from moebench.routing.route import decide, make_scores
+from moebench.routing.scores import Side
+from moebench.weights import Weights
+from moebench.workload import Choice, Inputs, choice_of
 
 ExpertsFn = Callable[..., Tensor]
 
@@ -33,7 +39,7 @@ class Case:
     """What a provider is asked to do, in full.
 
     Attributes:
-        layer, tokens, direction, precision, capacity_factor, scope: as in Problem and Variant.
+        layer, tokens, direction, precision, capacity, scope: as in Problem and Variant.
         device_kind: "cpu" or "cuda".
     """
 
@@ -41,14 +47,32 @@ class Case:
     tokens: int
     direction: str
     precision: str
-    capacity_factor: float | str
+    capacity: Capacity
     scope: str
     device_kind: str
 
     @property
     def slots(self) -> int | None:
         """Capacity C of each expert; None when dropless."""
-        return capacity_slots(self.capacity_factor, self.tokens, self.layer.top_k, self.layer.routed_experts)
+        return capacity_slots(self.capacity, self.tokens, self.layer.top_k, self.layer.routed_experts)
+
+    @property
+    def form(self) -> str:
+        """The Routing that the layer's router gives."""
+        return router_info(self.layer.router.kind).form
+
+    @property
+    def drops(self) -> bool:
+        """Whether ids may be -1: capacity, padding of a Ragged, a second expert that is not kept, zero experts."""
+        spec = self.layer.router
+        may = spec.zero_experts > 0 or (spec.kind == "gshard_top2" and spec.training)
+        return self.slots is not None or self.form == "Ragged" or may
+
+    @property
+    def activation(self) -> str:
+        """The activation as `activate` takes it, its limit included."""
+        limit = self.layer.activation_limit
+        return self.layer.activation if limit is None else f"{self.layer.activation}:{limit:g}"
 
 
 class Provider(Protocol):
@@ -81,12 +105,26 @@ class Provider(Protocol):
 
 
 def activate(rows: Tensor, activation: str) -> Tensor:
-    """[n, m*F] -> [n, F]; gate columns come first."""
-    if activation in ("swiglu", "geglu"):
-        gate, up = rows.chunk(2, dim=-1)
-        return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * up
-    plain: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-    return plain[activation](rows)
+    """[n, m*F] -> [n, F]; gate columns come first. "limited_swiglu:LIMIT" names its limit."""
+    name, _, limit = activation.partition(":")
+    if name in _PLAIN:
+        return _PLAIN[name](rows)
+    gate, up = rows.chunk(2, dim=-1)
+    if name == "clamped_swiglu":
+        gate, up = gate.clamp(max=GPT_OSS_LIMIT), up.clamp(-GPT_OSS_LIMIT, GPT_OSS_LIMIT)
+        return gate * torch.sigmoid(GPT_OSS_SHARPNESS * gate) * (up + 1)
+    if name == "limited_swiglu":
+        gate, up = gate.clamp(max=float(limit)), up.clamp(-float(limit), float(limit))
+    return (F.gelu(gate) if name == "geglu" else F.silu(gate)) * up
+
+
+GPT_OSS_LIMIT, GPT_OSS_SHARPNESS = 7.0, 1.702
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu2": lambda rows: F.relu(rows).square(),
+}
 
 
 @dataclass(frozen=True)
@@ -104,8 +142,9 @@ class ExpertsProvider:
 
     Attributes:
         name: as suites call it.
-        experts: f(x [T, D], ids [T, K], weights [T, K], w_gate_up, w_down, *, activation, slots) -> y [T, D];
-            ids are -1 and weights 0 where dropped; `slots` is the capacity C or None.
+        experts: f(x [T, D], ids [T, K], weights [T, K], w_gate_up, w_down, *, activation, slots) -> y [T, D], with
+            b_gate_up and b_down too where `biases`; ids are -1 and weights 0 where dropped; `slots` is the capacity
+            C or None.
         version: of the library behind it.
         limits: further reasons to refuse a case.
         flops_executed: as `executed_flops`; the default counts kept assignments only.
@@ -113,6 +152,8 @@ class ExpertsProvider:
         plain: whether `experts` takes the five tensors only (a user's kernel).
         activations: those it computes.
         precisions: those it takes; in the quantised ones w_gate_up and w_down are QuantisedWeights.
+        forms: the routings it takes.
+        biases: whether `experts` takes b_gate_up and b_down.
     """
 
     name: str
@@ -124,6 +165,8 @@ class ExpertsProvider:
     plain: bool = False
     activations: tuple[str, ...] = BUILT_ACTIVATIONS
     precisions: tuple[str, ...] = PLAIN_PRECISIONS
+    forms: tuple[str, ...] = FORMS
+    biases: bool = False
 
     def fingerprint(self) -> str:
         return source_digest(self.experts, self.version)
@@ -134,11 +177,15 @@ class ExpertsProvider:
     def refuse(self, case: Case) -> str | None:
         if case.scope in STAGES:
             return f"{self.name} is one function of the experts and has no stage {case.scope!r} of its own"
+        if case.form not in self.forms:
+            return f"{self.name} takes routings of the form {', '.join(self.forms)}, not {case.form}"
         if case.layer.activation not in self.activations:
             return f"{self.name} does not compute activation {case.layer.activation!r}"
+        if case.layer.expert_bias and not self.biases:
+            return f"{self.name} does not take biases in the experts"
         if case.precision not in self.precisions:
             return f"{self.name} takes precisions {', '.join(self.precisions)}, not {case.precision}"
-        if case.capacity_factor != DROPLESS and not self.accepts_drops:
+        if case.drops and not self.accepts_drops:
             return f"{self.name} does not accept dropped assignments (set accepts_drops = True on the function)"
         return self.limits(case)
 
@@ -146,13 +193,10 @@ class ExpertsProvider:
         return State(weights, case, self.bind(case))
 
     def bind(self, case: Case) -> ExpertsFn:
-        """The experts function for the case, of the five tensors alone."""
+        """The experts function for the case, of the five tensors and, where there are some, the biases."""
         if self.plain:
             return self.experts
-        activation, slots, experts = case.layer.activation, case.slots, self.experts
-        return lambda x, ids, gates, w_gate_up, w_down: experts(
-            x, ids, gates, w_gate_up, w_down, activation=activation, slots=slots
-        )
+        return partial(self.experts, activation=case.activation, slots=case.slots)
 
     def scope_inputs(self, state: State, inputs: Inputs) -> Any:
         return inputs
@@ -160,15 +204,15 @@ class ExpertsProvider:
     def run(self, state: State, inputs: Inputs) -> Tensor:
         weights, case = state.weights, state.case
         if case.scope == "experts":
-            return state.experts(inputs.x, inputs.ids, inputs.weights, *weights.experts)
-        ids, gates = self.gate(inputs.x, weights.router, case)
-        ids, gates = apply_capacity(ids, gates, case.slots, case.layer.routed_experts)
-        y = state.experts(inputs.x, ids, gates, *weights.experts)
-        return add_shared(y, inputs.x, weights, case.layer)
+            return experts_sum(state.experts, inputs.choice, inputs.x, weights, case)
+        routing = self.gate(inputs.x, weights.whole_gate, case, inputs.side)
+        choice = choice_of(with_capacity(routing, case.capacity))
+        y = experts_sum(state.experts, choice, inputs.x, weights, case)
+        return join_shared(y, inputs.x, weights, case, inputs.dense_x)
 
-    def gate(self, x: Tensor, router: Tensor, case: Case) -> tuple[Tensor, Tensor]:
-        """x [T, D], router [E, D] -> ids [T, K], weights float32 [T, K]."""
-        return route(case.layer, x @ router.T)
+    def gate(self, x: Tensor, gate: Mapping[str, Tensor], case: Case, side: Side) -> Routing:
+        """x [T, D] and the gate's weights by name -> the dropless routing."""
+        return reference_gate(x, gate, case, side)
 
     def executed_flops(self, case: Case, counts: Tensor) -> float | None:
         if self.plain:
@@ -177,14 +221,48 @@ class ExpertsProvider:
         return None if rows is None else rows * 2 * case.layer.expert_params()
 
 
-def add_shared(y: Tensor, x: Tensor, weights: Weights, layer: LayerSpec) -> Tensor:
-    """Add the always-on experts to the routed sum [T, D]."""
+def experts_sum(experts: ExpertsFn, choice: Choice, x: Tensor, weights: Weights, case: Case) -> Tensor:
+    """An experts function on a routing of any form: x [T, D] -> y [T, D].
+
+    A Ragged's rows are gathered first and summed by token after; a Mix's slots are blended before and after.
+    """
+
+    def call(rows: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        y: Tensor = experts(rows, ids, gates, *weights.experts, **weights.biases)
+        return y
+
+    if choice.dispatch is not None and choice.combine is not None:
+        return choice.combine.to(x.dtype) @ call(choice.dispatch.to(x.dtype).T @ x, choice.ids, choice.weights)
+    if choice.token is not None:
+        out = call(x[choice.token], choice.ids, choice.weights)
+        return torch.zeros_like(x).index_add(0, choice.token, out)
+    if case.layer.router.zero_experts:
+        routed = choice.ids < case.layer.routed_experts
+        kept_as_is = (choice.weights * ~routed).sum(dim=1, keepdim=True).to(x.dtype)
+        return call(x, choice.ids.where(routed, -1), choice.weights * routed) + kept_as_is * x
+    if case.layer.router.kind == "sigmoid_input":  # one pick, whose weight multiplies the input
+        return call(x * choice.weights.to(x.dtype), choice.ids, torch.ones_like(choice.weights))
+    return call(x, choice.ids, choice.weights)
+
+
+def join_shared(y: Tensor, x: Tensor, weights: Weights, case: Case, dense_x: Tensor | None) -> Tensor:
+    """The routed sum [T, D] joined with the always-on FFN, as `shared_combine` says; `parallel` feeds it dense_x."""
     if weights.shared_gate_up is None or weights.shared_down is None:
         return y
-    out = activate(x @ weights.shared_gate_up.T, layer.activation) @ weights.shared_down.T
-    if weights.shared_gate is not None:
-        out = torch.sigmoid(x @ weights.shared_gate.T) * out
-    return y + out
+    form = case.layer.shared_combine
+    inputs = dense_x if form == "parallel" and dense_x is not None else x
+    activation = case.layer.shared_activation or case.activation
+    dense = activate(inputs @ weights.shared_gate_up.T, activation) @ weights.shared_down.T
+    if form == "scaled_residual":
+        return (y + dense) * 2**-0.5
+    if weights.shared_gate is None:
+        return y + dense
+    z = x @ weights.shared_gate.T
+    if form == "learned_mix":
+        mix = torch.softmax(z, dim=-1)
+        return mix[:, :1] * y + mix[:, 1:] * dense
+    g = torch.sigmoid(z)
+    return g * y + (1 - g) * dense if form == "cmr" else y + g * dense
 
 
 @dataclass(frozen=True)
@@ -192,17 +270,17 @@ class Stages:
     """An experts function taken apart.
 
     Attributes:
-        gate: (x, router, case) -> ids, weights.
+        gate: (x, the gate's weights, case, side) -> the dropless routing.
         plan: (ids, case) -> plan, of the provider's own type.
         permute: (x, plan) -> rows [R, D]; R may contain padding.
-        up_projection: (rows, w_gate_up, plan, activation) -> [R, F].
-        down_projection: (hidden, w_down, plan) -> [R, D].
+        up_projection: (rows, w_gate_up, plan, activation, bias=None) -> [R, F].
+        down_projection: (hidden, w_down, plan, bias=None) -> [R, D].
         combine: (rows, weights, plan) -> y [T, D].
         row_map: plan -> int64 [R], the flat assignment t*K+k of each row, -1 for padding.
         row_experts: plan -> int64 [R], the expert of each row (anything where padding).
     """
 
-    gate: Callable[..., tuple[Tensor, Tensor]]
+    gate: Callable[..., Routing]
     plan: Callable[..., Any]
     permute: Callable[..., Tensor]
     up_projection: Callable[..., Tensor]
@@ -215,8 +293,8 @@ class Stages:
         """All stages from the plan on."""
         plan = self.plan(inputs.ids, case)
         rows = self.permute(inputs.x, plan)
-        hidden = self.up_projection(rows, weights.w_gate_up, plan, case.layer.activation)
-        return self.combine(self.down_projection(hidden, weights.w_down, plan), inputs.weights, plan)
+        hidden = self.up_projection(rows, weights.w_gate_up, plan, case.activation, weights.b_gate_up)
+        return self.combine(self.down_projection(hidden, weights.w_down, plan, weights.b_down), inputs.weights, plan)
 
 
 @dataclass(frozen=True)
@@ -250,17 +328,20 @@ class StagedProvider(ExpertsProvider):
     def refuse(self, case: Case) -> str | None:
         if case.scope in STAGES and case.direction != "forward":
             return "stages are measured forward only"
+        apart = case.form == "TopK" and case.layer.router.kind != "sigmoid_input" and not case.layer.router.zero_experts
+        if case.scope in STAGES and case.scope != "gate" and not apart:
+            return f"router {case.layer.router.kind!r} is taken apart into scopes gate, experts and layer only"
         staged = replace(case, scope="experts") if case.scope in STAGES else case
         return super().refuse(staged)
 
     def bind(self, case: Case) -> ExpertsFn:
-        def experts(x: Tensor, ids: Tensor, gates: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-            return self.steps.experts(Inputs(x, ids, gates), Weights(x, w_gate_up, w_down), case)
+        def experts(x: Tensor, ids: Tensor, gates: Tensor, w_gate_up: Tensor, w_down: Tensor, **biases: Any) -> Tensor:
+            return self.steps.experts(Inputs(x, ids, gates), Weights(x, w_gate_up, w_down, **biases), case)
 
         return experts
 
-    def gate(self, x: Tensor, router: Tensor, case: Case) -> tuple[Tensor, Tensor]:
-        return self.steps.gate(x, router, case)
+    def gate(self, x: Tensor, gate: Mapping[str, Tensor], case: Case, side: Side) -> Routing:
+        return self.steps.gate(x, gate, case, side)
 
     def scope_inputs(self, state: State, inputs: Inputs) -> Any:
         scope, stages, weights = state.case.scope, self.steps, state.weights
@@ -273,9 +354,9 @@ class StagedProvider(ExpertsProvider):
             return StageInputs(inputs, plan)
         rows = stages.permute(inputs.x, plan)
         if scope in ("down_projection", "combine"):
-            rows = stages.up_projection(rows, weights.w_gate_up, plan, state.case.layer.activation)
+            rows = stages.up_projection(rows, weights.w_gate_up, plan, state.case.activation, weights.b_gate_up)
         if scope == "combine":
-            rows = stages.down_projection(rows, weights.w_down, plan)
+            rows = stages.down_projection(rows, weights.w_down, plan, weights.b_down)
         return StageInputs(inputs, plan, rows)
 
     def run(self, state: State, inputs: Any) -> Any:
@@ -285,16 +366,32 @@ class StagedProvider(ExpertsProvider):
         given: StageInputs = inputs
         match case.scope:
             case "gate":
-                return stages.gate(given.inputs.x, weights.router, case)
+                return tensors_of(stages.gate(given.inputs.x, weights.whole_gate, case, given.inputs.side))
             case "plan":
                 return stages.plan(given.inputs.ids, case)
             case "permute":
                 return stages.permute(given.inputs.x, given.plan)
             case "up_projection":
-                return stages.up_projection(given.rows, weights.w_gate_up, given.plan, case.layer.activation)
+                return stages.up_projection(
+                    given.rows, weights.w_gate_up, given.plan, case.activation, weights.b_gate_up
+                )
             case "down_projection":
-                return stages.down_projection(given.rows, weights.w_down, given.plan)
+                return stages.down_projection(given.rows, weights.w_down, given.plan, weights.b_down)
         return stages.combine(given.rows, given.inputs.weights, given.plan)
+
+
+def reference_gate(x: Tensor, gate: Mapping[str, Tensor], case: Case, side: Side) -> Routing:
+    """The layer's router in plain PyTorch."""
+    return decide(case.layer, make_scores(case.layer, x, gate, side))
+
+
+def tensors_of(routing: Routing) -> tuple[Tensor, ...]:
+    """What the gate's answer is made of: (ids, weights), (token, expert, weight) or (dispatch, combine)."""
+    if isinstance(routing, Mix):
+        return routing.dispatch, routing.combine
+    if isinstance(routing, Ragged):
+        return routing.token, routing.expert, routing.weight
+    return routing.ids, routing.weights
 
 
 def source_digest(function: Callable[..., Any], *more: str) -> str:

@@ -21,7 +21,7 @@ def ready(w_gate_up: Tensor, w_down: Tensor, case: Case) -> Call:
     """w_gate_up [E, m*F, D], w_down [E, D, F], as they are (nt)."""
     require_capability("deepgemm", w_down.device, (9,))
     gemm, alignment = peer("deep_gemm", "m_grouped_bf16_gemm_nt_contiguous", "get_mk_alignment_for_contiguous_layout")
-    E, activation, block = w_down.shape[0], case.layer.activation, int(alignment())
+    E, activation, block = w_down.shape[0], case.activation, int(alignment())
 
     def product(rows: Tensor, weights: Tensor, groups: Tensor) -> Tensor:
         out = rows.new_empty(rows.shape[0], weights.shape[1])

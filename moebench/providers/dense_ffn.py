@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from moebench.point import STAGES
-from moebench.providers.base import Case, ExpertsProvider, State, activate, add_shared
-from moebench.workload import Inputs, Weights
+from moebench.providers.base import Case, ExpertsProvider, State, activate, join_shared
+from moebench.weights import Weights
+from moebench.workload import Inputs
 
 
 def ffn(x: Tensor, w_in: Tensor, w_down: Tensor, activation: str) -> Tensor:
@@ -44,10 +45,10 @@ class DenseFFN(ExpertsProvider):
         return State(replace(weights, w_gate_up=w_in, w_down=w_down), case, ffn)
 
     def run(self, state: State, inputs: Inputs) -> Tensor:
-        weights, layer = state.weights, state.case.layer
+        weights, case = state.weights, state.case
         weights.w_gate_up.grad = weights.w_down.grad = None  # its own leaves: the harness clears the layer's only
-        y = ffn(inputs.x, weights.w_gate_up, weights.w_down, layer.activation)
-        return add_shared(y, inputs.x, weights, layer) if state.case.scope == "layer" else y
+        y = ffn(inputs.x, weights.w_gate_up, weights.w_down, case.activation)
+        return join_shared(y, inputs.x, weights, case, inputs.dense_x) if case.scope == "layer" else y
 
     def executed_flops(self, case: Case, counts: Tensor) -> float:
         return case.tokens * case.layer.top_k * 2.0 * case.layer.expert_params()

@@ -18,7 +18,7 @@ def ready(w_gate_up: Tensor, w_down: Tensor, case: Case) -> Call:
     """Views [E*2F, D] and [E*D, F] of the weights."""
     gemm = peer("fbgemm_gpu.experimental.gemm.triton_gemm.grouped_gemm", "grouped_gemm")
     silu_mul = peer("fbgemm_gpu.experimental.gen_ai.moe", "silu_mul")
-    E, F, drops = w_down.shape[0], w_down.shape[2], case.slots is not None
+    E, F, drops = w_down.shape[0], w_down.shape[2], case.drops
     w_in, w_out = w_gate_up.flatten(0, 1), w_down.flatten(0, 1)
 
     def call(x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:

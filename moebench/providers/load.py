@@ -1,22 +1,17 @@
-"""From a provider's name to the provider; the only place that runs a user's file, which the user named."""
+"""From a provider's name to the provider."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import inspect
-import sys
-from pathlib import Path
 from typing import Any
 
 from moebench.point import PLAIN_PRECISIONS, PRECISIONS
 from moebench.providers import PROVIDERS, entry_points, is_file, unknown
 from moebench.providers.base import Case, ExpertsProvider, Provider
 from moebench.providers.packages import missing
+from moebench.user_file import Unavailable, function_in_file, one_line
 
-
-class Unavailable(Exception):
-    """A provider that cannot be had here; the message says why."""
+__all__ = ["Unavailable", "from_function", "load"]
 
 
 def load(name: str) -> Provider:
@@ -32,7 +27,7 @@ def load(name: str) -> Provider:
         shipped: Provider = _attribute(name, PROVIDERS[name].target)
         return shipped
     if is_file(name):
-        return from_function(name, _function_in_file(name))
+        return from_function(name, function_in_file(name))
     targets = entry_points()
     if name not in targets:
         raise Unavailable(unknown(name))
@@ -75,29 +70,4 @@ def _attribute(name: str, target: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:
-        raise Unavailable(f"{name}: {type(error).__name__}: {_one_line(error)}") from error
-
-
-def _function_in_file(name: str) -> Any:
-    path, _, function = name.rpartition(":")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise Unavailable(f"{name}: there is no file {path!r}")
-    spec = importlib.util.spec_from_file_location(f"moebench_user_{file.stem}", file.resolve())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and inductor look a module up by its name
-    sys.path.insert(0, str(file.resolve().parent))  # as `python file.py` would, so that its neighbours import
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a file that is a script may parse arguments, or exit
-        raise Unavailable(f"{name}: {type(error).__name__}: {_one_line(error)}") from error
-    if not hasattr(module, function):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise Unavailable(f"{name}: {path!r} has no {function!r} (functions in it: {', '.join(functions) or 'none'})")
-    return getattr(module, function)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or "no message"
+        raise Unavailable(f"{name}: {type(error).__name__}: {one_line(error)}") from error

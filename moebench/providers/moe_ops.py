@@ -13,7 +13,7 @@ from moebench.providers.peers import Call, peer, peer_provider
 def ready(w_gate_up: Tensor, w_down: Tensor, case: Case) -> Call:
     """w_gate_up [E, m*F, D], w_down [E, D, F], as they are (trans_b)."""
     permute, grouped_gemm, unpermute = peer("moe_ops", "permute", "grouped_gemm", "unpermute")
-    E, activation = w_down.shape[0], case.layer.activation
+    E, activation = w_down.shape[0], case.activation
 
     def call(x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         rows, row_id_map, offsets = permute(x, ids.to(torch.int32), E=E)

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moebench.point import DROPLESS
 from moebench.providers import PROVIDERS
 from moebench.providers.base import Case, ExpertsProvider, State, source_digest
 from moebench.providers.load import Unavailable
 from moebench.providers.torch_grouped import SortPlan, sort_plan
-from moebench.workload import Weights
+from moebench.weights import Weights
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -43,7 +42,7 @@ class PeerProvider(ExpertsProvider):
         return source_digest(self.experts, self.version, source_digest(peer_provider), str(torch.__version__))
 
     def refuse(self, case: Case) -> str | None:
-        if case.capacity_factor != DROPLESS and not self.accepts_drops:
+        if case.drops and not self.accepts_drops:
             return f"{self.name} takes no dropped assignments"
         asked = {"devices": case.device_kind, "precisions": case.precision, "directions": case.direction}
         for what, value in asked.items():

@@ -15,7 +15,7 @@ from moebench.providers.peers import Call, peer, peer_provider
 def ready(w_gate_up: Tensor, w_down: Tensor, case: Case) -> Call:
     """Transposed views [E, D, m*F] and [E, F, D] of the weights, as its ParallelExperts passes its own."""
     sort, linear = peer("scattermoe.parallel_experts", "flatten_sort_count", "parallel_linear")
-    E, activation = w_down.shape[0], case.layer.activation
+    E, activation = w_down.shape[0], case.activation
 
     def call(x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         experts, assignments, offsets = sort(ids, num_experts=E)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebench.providers.base import Case, StagedProvider, Stages, activate
-from moebench.routing import route
+from moebench.providers.base import Case, StagedProvider, Stages, activate, reference_gate
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,21 @@ def permute(x: Tensor, plan: SlotPlan) -> Tensor:
     return padded[token]
 
 
-def up_projection(rows: Tensor, w_gate_up: Tensor, plan: SlotPlan, activation: str) -> Tensor:
-    """rows [E*C, D], w_gate_up [E, m*F, D] -> [E*C, F]."""
-    out = torch.bmm(rows.view(plan.experts, plan.slots, -1), w_gate_up.transpose(1, 2))
-    return activate(out, activation).flatten(0, 1)
+def up_projection(
+    rows: Tensor, w_gate_up: Tensor, plan: SlotPlan, activation: str, bias: Tensor | None = None
+) -> Tensor:
+    """rows [E*C, D], w_gate_up [E, m*F, D], bias [E, m*F] -> [E*C, F]."""
+    return activate(_product(rows, w_gate_up, plan, bias), activation).flatten(0, 1)
 
 
-def down_projection(hidden: Tensor, w_down: Tensor, plan: SlotPlan) -> Tensor:
-    """hidden [E*C, F], w_down [E, D, F] -> [E*C, D]."""
-    return torch.bmm(hidden.view(plan.experts, plan.slots, -1), w_down.transpose(1, 2)).flatten(0, 1)
+def down_projection(hidden: Tensor, w_down: Tensor, plan: SlotPlan, bias: Tensor | None = None) -> Tensor:
+    """hidden [E*C, F], w_down [E, D, F], bias [E, D] -> [E*C, D]."""
+    return _product(hidden, w_down, plan, bias).flatten(0, 1)
+
+
+def _product(rows: Tensor, stack: Tensor, plan: SlotPlan, bias: Tensor | None) -> Tensor:
+    out = torch.bmm(rows.view(plan.experts, plan.slots, -1), stack.transpose(1, 2))
+    return out if bias is None else out + bias.unsqueeze(1)
 
 
 def combine(rows: Tensor, weights: Tensor, plan: SlotPlan) -> Tensor:
@@ -95,7 +100,7 @@ def rows_executed(case: Case, counts: Tensor) -> float:
 
 
 STAGES = Stages(
-    gate=lambda x, router, case: route(case.layer, x @ router.T),
+    gate=reference_gate,
     plan=plan,
     permute=permute,
     up_projection=up_projection,
@@ -104,4 +109,4 @@ STAGES = Stages(
     row_map=lambda plan: plan.slot2assignment,
     row_experts=row_experts,
 )
-PROVIDER = StagedProvider("torch-bmm", plan, stages=STAGES, flops_executed=rows_executed)
+PROVIDER = StagedProvider("torch-bmm", plan, stages=STAGES, flops_executed=rows_executed, biases=True)

@@ -41,10 +41,10 @@ def traces_grouped(case: Case) -> bool:
 
 def compile_for(case: Case) -> ExpertsFn:
     """The experts function of the case, compiled at its first call."""
-    activation, slots, experts = case.layer.activation, case.slots, case.layer.routed_experts
+    activation, slots, experts = case.activation, case.slots, case.layer.routed_experts
     if traces_grouped(case):
         grouped: Callable[..., Tensor] = torch.compile(grouped_form, fullgraph=True)
-        drops = slots is not None
+        drops = case.drops
         return lambda x, ids, gates, w_gate_up, w_down: grouped(x, ids, gates, w_gate_up, w_down, activation, drops)
     bmm: Callable[..., Tensor] = torch.compile(bmm_form, fullgraph=True)
     return lambda x, ids, gates, w_gate_up, w_down: bmm(

@@ -9,12 +9,23 @@ from moebench.providers.base import Case, ExpertsProvider, activate
 
 
 def experts(
-    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, *, activation: str, slots: int | None
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    *,
+    activation: str,
+    slots: int | None,
+    b_gate_up: Tensor | None = None,
+    b_down: Tensor | None = None,
 ) -> Tensor:
     """x [T, D], ids int64 [T, K] (-1 dropped), weights [T, K] -> y [T, D]; holds [E, T, m*F] at once."""
     E = w_down.shape[0]
-    hidden = activate(torch.matmul(x, w_gate_up.transpose(1, 2)), activation)  # [E, T, F]
+    rows = torch.matmul(x, w_gate_up.transpose(1, 2))  # [E, T, m*F]
+    hidden = activate(rows if b_gate_up is None else rows + b_gate_up.unsqueeze(1), activation)
     out = torch.bmm(hidden, w_down.transpose(1, 2))  # [E, T, D]
+    out = out if b_down is None else out + b_down.unsqueeze(1)
     mixing = weights.new_zeros(x.shape[0], E + 1).scatter_add(1, ids.where(ids >= 0, E), weights)[:, :E]
     return torch.einsum("etd,te->td", out, mixing.to(out.dtype))
 
@@ -24,4 +35,4 @@ def rows_executed(case: Case, counts: Tensor) -> float:
     return float(case.tokens * case.layer.routed_experts)
 
 
-PROVIDER = ExpertsProvider("torch-dense", experts, flops_executed=rows_executed)
+PROVIDER = ExpertsProvider("torch-dense", experts, flops_executed=rows_executed, biases=True)

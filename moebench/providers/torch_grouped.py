@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebench.providers.base import Case, StagedProvider, Stages, activate
-from moebench.routing import route
-from moebench.workload import DTYPES
+from moebench.providers.base import Case, StagedProvider, Stages, activate, reference_gate
+from moebench.weights import DTYPES
 
 
 @dataclass(frozen=True)
@@ -24,19 +23,21 @@ class SortPlan:
     Attributes:
         row2assignment: int64 [T*K], flat assignment t*K+k of each row; dropped ones come last.
         assignment2row: int64 [T, K].
+        row2expert: int64 [T*K], the expert of each row; E for dropped ones.
         ends: int32 [E], the row behind each expert's last.
         kept: bool [T, K]; None where nothing can be dropped.
     """
 
     row2assignment: Tensor
     assignment2row: Tensor
+    row2expert: Tensor
     ends: Tensor
     kept: Tensor | None
 
 
 def plan(ids: Tensor, case: Case) -> SortPlan:
     """ids int64 [T, K] -> SortPlan."""
-    return sort_plan(ids, case.layer.routed_experts, drops=case.slots is not None)
+    return sort_plan(ids, case.layer.routed_experts, drops=case.drops)
 
 
 def sort_plan(ids: Tensor, experts: int, *, drops: bool) -> SortPlan:
@@ -49,7 +50,8 @@ def sort_plan(ids: Tensor, experts: int, *, drops: bool) -> SortPlan:
     rows = torch.arange(flat.numel(), device=ids.device)
     assignment2row = torch.empty_like(flat).scatter(0, row2assignment, rows)
     ends = counts[:experts].cumsum(0).to(torch.int32)
-    return SortPlan(row2assignment, assignment2row.view_as(ids), ends, ids >= 0 if drops else None)
+    kept = ids >= 0 if drops else None
+    return SortPlan(row2assignment, assignment2row.view_as(ids), expert[row2assignment], ends, kept)
 
 
 def permute(x: Tensor, plan: SortPlan) -> Tensor:
@@ -62,14 +64,24 @@ def permute(x: Tensor, plan: SortPlan) -> Tensor:
     return rows.masked_fill(~plan.kept.flatten()[plan.row2assignment].unsqueeze(1), 0)
 
 
-def up_projection(rows: Tensor, w_gate_up: Tensor, plan: SortPlan, activation: str) -> Tensor:
-    """rows [T*K, D], w_gate_up [E, m*F, D] -> [T*K, F]."""
-    return activate(F.grouped_mm(rows, w_gate_up.transpose(1, 2), offs=plan.ends), activation)
+def up_projection(
+    rows: Tensor, w_gate_up: Tensor, plan: SortPlan, activation: str, bias: Tensor | None = None
+) -> Tensor:
+    """rows [T*K, D], w_gate_up [E, m*F, D], bias [E, m*F] -> [T*K, F]."""
+    return activate(_product(rows, w_gate_up, plan, bias), activation)
 
 
-def down_projection(hidden: Tensor, w_down: Tensor, plan: SortPlan) -> Tensor:
-    """hidden [T*K, F], w_down [E, D, F] -> [T*K, D]."""
-    return F.grouped_mm(hidden, w_down.transpose(1, 2), offs=plan.ends)
+def down_projection(hidden: Tensor, w_down: Tensor, plan: SortPlan, bias: Tensor | None = None) -> Tensor:
+    """hidden [T*K, F], w_down [E, D, F], bias [E, D] -> [T*K, D]."""
+    return _product(hidden, w_down, plan, bias)
+
+
+def _product(rows: Tensor, stack: Tensor, plan: SortPlan, bias: Tensor | None) -> Tensor:
+    out = F.grouped_mm(rows, stack.transpose(1, 2), offs=plan.ends)
+    if bias is None:
+        return out
+    padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])])  # behind the last group stands expert E
+    return out + padded[plan.row2expert]
 
 
 def combine(rows: Tensor, weights: Tensor, plan: SortPlan) -> Tensor:
@@ -86,12 +98,6 @@ def row_map(plan: SortPlan) -> Tensor:
     return plan.row2assignment.masked_fill(rows >= plan.ends[-1], -1)
 
 
-def row_experts(plan: SortPlan) -> Tensor:
-    """The expert of each row (E behind the last group): int64 [T*K]."""
-    rows = torch.arange(plan.row2assignment.numel(), device=plan.ends.device)
-    return torch.searchsorted(plan.ends.long(), rows, right=True)
-
-
 def limits(case: Case) -> str | None:
     """grouped_mm wants rows of a multiple of 16 bytes."""
     size = DTYPES[case.precision].itemsize
@@ -102,13 +108,13 @@ def limits(case: Case) -> str | None:
 
 
 STAGES = Stages(
-    gate=lambda x, router, case: route(case.layer, x @ router.T),
+    gate=reference_gate,
     plan=plan,
     permute=permute,
     up_projection=up_projection,
     down_projection=down_projection,
     combine=combine,
     row_map=row_map,
-    row_experts=row_experts,
+    row_experts=lambda plan: plan.row2expert,
 )
-PROVIDER = StagedProvider("torch-grouped", plan, stages=STAGES, limits=limits)
+PROVIDER = StagedProvider("torch-grouped", plan, stages=STAGES, limits=limits, biases=True)

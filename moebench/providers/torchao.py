@@ -20,7 +20,7 @@ def ready(w_gate_up: Tensor, w_down: Tensor, case: Case) -> Call:
     """Transposed views [E, D, m*F] and [E, F, D] of the bf16 weights, quantised at every call."""
     require_capability("torchao's fp8 grouped GEMM", w_down.device, (9, 10))
     gemm = peer("torchao.prototype.moe_training", "_to_fp8_rowwise_then_scaled_grouped_mm")
-    E, activation = w_down.shape[0], case.layer.activation
+    E, activation = w_down.shape[0], case.activation
 
     def product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         out: Tensor = gemm(

@@ -20,7 +20,7 @@ def ready(w_gate_up: Tensor, w_down: Tensor, case: Case) -> Call:
     """Views [m*F, D] and [D, F] of each expert's weights, as parameters of the two modules."""
     permute, unpermute, linear = peer("transformer_engine.pytorch", "moe_permute", "moe_unpermute", "GroupedLinear")
     up, down = grouped_linear(linear, w_gate_up), grouped_linear(linear, w_down)
-    E, activation = w_down.shape[0], case.layer.activation
+    E, activation = w_down.shape[0], case.activation
 
     def call(x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         sizes = torch.bincount(ids.flatten(), minlength=E).tolist()

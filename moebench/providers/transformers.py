@@ -16,7 +16,7 @@ from torch import Tensor
 from moebench.providers.base import Case
 from moebench.providers.peers import Call, peer, peer_provider
 from moebench.providers.torch_grouped import limits
-from moebench.workload import DTYPES
+from moebench.weights import DTYPES
 
 HIDDEN_ACT = {"swiglu": "silu", "geglu": "gelu"}
 COPIES = {"forward": 1, "forward_backward": 2}  # backward keeps them, and their gradients
@@ -27,7 +27,7 @@ def ready(w_gate_up: Tensor, w_down: Tensor, case: Case, *, implementation: str)
     if implementation == "batched_mm":
         require_memory(case, w_down.device)
     module = experts_module(w_gate_up, w_down, case, implementation)
-    E, drops = w_down.shape[0], case.slots is not None
+    E, drops = w_down.shape[0], case.drops
 
     def call(x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         kept = ids.where(ids >= 0, E) if drops else ids
@@ -51,7 +51,7 @@ def experts_module(w_gate_up: Tensor, w_down: Tensor, case: Case, implementation
         module = peer("transformers.models.mixtral.modeling_mixtral", "MixtralExperts")(config)
     del module.gate_up_proj, module.down_proj
     module.gate_up_proj, module.down_proj = w_gate_up, w_down
-    module._is_expert_parallel = case.slots is not None  # its word for: ids of E are to be skipped
+    module._is_expert_parallel = case.drops  # its word for: ids of E are to be skipped
     return module
 
 

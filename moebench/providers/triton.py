@@ -6,6 +6,7 @@ On a CPU they run in Triton's interpreter: verified, never timed.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,25 +14,66 @@ from pathlib import Path
 from torch import Tensor
 
 import moebench_kernels as kernels
+from moebench.catalogue.spec import LayerSpec
 from moebench.point import PRECISIONS, QUANTISED_PRECISIONS
-from moebench.providers.base import Case, ExpertsFn, StagedProvider, Stages, source_digest
+from moebench.providers.base import Case, ExpertsFn, StagedProvider, Stages, reference_gate, source_digest
+from moebench.routing.forms import Routing, top_k_routing
+from moebench.routing.route import make_scores
+from moebench.routing.scores import Side
 
 available, why = kernels.triton_available()
 if not available:
     raise ImportError(why)
 
 
-def gate(x: Tensor, router: Tensor, case: Case) -> tuple[Tensor, Tensor]:
-    """x [T, D], router [E, D] -> ids int64 [T, K], weights float32 [T, K]; softmax routers only."""
+# What the fused gate computes: its options by router. The others run in plain PyTorch before the kernels.
+FUSED: dict[str, dict[str, str]] = {
+    "softmax_topk": {},
+    "dense_softmax": {},
+    "switch_top1": {},
+    "recycle_top1": {},
+    "frozen_random": {},
+    "cosine": {},
+    "topk_softmax": {"order": "topk_first"},
+    "attention": {"order": "topk_first"},
+    "softmax_bias": {},
+    "softmax_bias_zero": {},
+    "group_limited": {"group_score": "max"},
+    "group_limited_sum2": {"group_score": "top2_sum"},
+    "sigmoid_topk": {"scoring": "sigmoid"},
+    "sigmoid_bias": {"scoring": "sigmoid", "group_score": "top2_sum"},
+    "sigmoid_logit_bias": {"scoring": "sigmoid", "order": "topk_first"},
+    "sigmoid_input": {"scoring": "sigmoid"},
+    "sqrt_softplus_bias": {"scoring": "sqrt_softplus", "group_score": "top2_sum"},
+}
+
+
+def fused(layer: LayerSpec) -> bool:
+    """Whether the layer's router runs as one kernel from its logits."""
+    spec, E = layer.router, layer.routed_experts + layer.router.zero_experts
+    fits = layer.top_k <= 64 and E <= 4096
+    pairs = spec.groups == 1 or FUSED.get(spec.kind, {}).get("group_score") != "top2_sum" or E // spec.groups >= 2
+    return spec.kind in FUSED and fits and pairs
+
+
+def gate(x: Tensor, gate: Mapping[str, Tensor], case: Case, side: Side) -> Routing:
+    """x [T, D] -> the routing; logits by torch, the rest in one kernel where the router is one of `FUSED`."""
     spec = case.layer.router
+    if not fused(case.layer):
+        return reference_gate(x, gate, case, side)
+    scores = make_scores(case.layer, x, gate, side)
     ids, weights = kernels.topk_gate(
-        x @ router.T,
+        scores.logits.contiguous(),
         case.layer.top_k,
-        order="topk_first" if spec.kind == "topk_softmax" else "score_first",
+        bias=scores.bias,
         renormalise=spec.normalise,
+        n_groups=spec.groups,
+        topk_groups=spec.topk_groups,
         scale=spec.scale,
+        **FUSED[spec.kind],
     )
-    return ids.long(), weights
+    choices = scores.logits.shape[1]
+    return top_k_routing(ids.long(), weights, choices, scores.logits, on_input=spec.kind == "sigmoid_input")
 
 
 def plan(ids: Tensor, case: Case) -> kernels.Plan:
@@ -45,21 +87,34 @@ def permute(x: Tensor, plan: kernels.Plan) -> Tensor:
     return rows
 
 
-def up_projection(rows: Tensor, w_gate_up: Tensor, plan: kernels.Plan, activation: str) -> Tensor:
+def up_projection(
+    rows: Tensor, w_gate_up: Tensor, plan: kernels.Plan, activation: str, bias: Tensor | None = None
+) -> Tensor:
     """rows [T*K, D] -> [T*K, F]."""
-    hidden: Tensor = kernels.up_projection(rows, w_gate_up, plan, activation=activation, permuted=True)
+    hidden: Tensor = kernels.up_projection(
+        rows, w_gate_up, plan, activation=activation, permuted=True, **({} if bias is None else {"bias": bias})
+    )
     return hidden
+
+
+def down_projection(hidden: Tensor, w_down: Tensor, plan: kernels.Plan, bias: Tensor | None = None) -> Tensor:
+    """hidden [T*K, F] -> [T*K, D]."""
+    rows: Tensor = kernels.down_projection(hidden, w_down, plan, **({} if bias is None else {"bias": bias}))
+    return rows
 
 
 def limits(case: Case) -> str | None:
     """What the kernels do not take, or the device has not."""
     if case.precision in QUANTISED_PRECISIONS:
+        if case.layer.expert_bias:
+            return f"triton takes no biases beside weights in {case.precision}"
         lacks: str | None = kernels.supported(case.precision, case.device_kind)
         if lacks:
             return lacks
-    K, E = case.layer.top_k, case.layer.routed_experts
-    if K > 64 or E > 4096:
-        return f"the gate takes top_k <= 64 and at most 4096 experts, not {K} of {E}"
+    if case.scope == "gate" and not fused(case.layer):
+        return (
+            f"triton has no fused gate for router {case.layer.router.kind!r} of this shape; torch-grouped has its gate"
+        )
     return None
 
 
@@ -85,17 +140,19 @@ class TritonProvider(StagedProvider):
         return source_digest(plan, self.version, *(file.read_text() for file in files))
 
 
+ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu", "silu")  # of the kernels
 STAGES = Stages(
     gate=gate,
     plan=plan,
     permute=permute,
     up_projection=up_projection,
-    down_projection=kernels.down_projection,
+    down_projection=down_projection,
     combine=kernels.combine,
     row_map=lambda plan: plan.row2assignment.long(),
     row_experts=lambda plan: plan.row2expert.long(),
 )
 PROVIDER = TritonProvider(
     "triton", plan, version=why.partition(",")[0].partition(" on ")[0], stages=STAGES, limits=limits,
-    precisions=PRECISIONS, interpreted_on=("cpu",) if kernels.interpreting() else (),
+    precisions=PRECISIONS, biases=True, activations=ACTIVATIONS,
+    interpreted_on=("cpu",) if kernels.interpreting() else (),
 )  # fmt: skip

@@ -47,6 +47,9 @@ COLUMNS = (
            group="peak memory"),
     Column("fidelity_error", "Fidelity error", "number", "Against the dropless, unquantised layer in float64"),
     Column("drop_rate", "Dropped", "percent", "Assignments dropped by the capacity rule"),
+    Column("load_max_over_mean", "Busiest", "ratio", "Load of the busiest expert over the mean, before dropping"),
+    Column("load_cv", "Load CV", "number", "Coefficient of variation of the experts' load, before dropping"),
+    Column("unrouted_tokens", "Unrouted", "percent", "Tokens that no expert kept"),
     Column("energy_j_per_token", "Energy", "number", "Joules per token entering one layer, gross", group="energy"),
     Column("usd_per_mtok", "Cost", "number", "US dollars per million tokens entering one layer", group="cost"),
     Column("reason", "Reason", "prose", "Why the row is not measured"),
@@ -57,8 +60,10 @@ COLUMNS = (
 DETAILS = (
     "checked_on", "provider", "provider_version", "provider_hash", "role", "precision", "capacity_factor",
     "layout", "n_devices", "device", "hidden_size", "expert_ffn_size", "routed_experts", "top_k", "shared_experts",
-    "router", "traffic", "direction", "phase", "seed", "replicate", "timer", "wall_ms", "prepare_ms", "gbytes_per_s",
-    "executed_flops", "limit_ms", "rel_error", "max_error", "load_max_over_mean", "active_experts", "energy_source",
+    "router", "router_mode", "capacity_rounding", "drop_order", "traffic", "direction", "phase", "seed", "replicate",
+    "timer", "wall_ms", "prepare_ms", "gbytes_per_s", "executed_flops", "limit_ms", "rel_error", "max_error",
+    "active_experts", "active_over_uniform", "load_entropy", "load_gini", "collapsed_experts",
+    "most_experts_per_token", "balance_loss", "energy_source",
     "energy_net_j_per_token", "gco2_per_mtok", "rounds", "samples", "suite", "run_id", "block_id",
 )  # fmt: skip
 

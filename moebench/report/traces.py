@@ -146,8 +146,12 @@ def by_domain(trace: Trace, at: int) -> dict[str, Any]:
         shown = np.sort(np.argsort(-np.ptp(shares, axis=0), kind="stable")[:ALL_EXPERTS])
     names = [name for name, there in zip(facts.domains, present, strict=True) if there]
     lines = [
-        {"domain": name, "distance": float(np.abs(share - overall).sum() / 2), "cells": _cells(share, overall, shown)}
-        for name, share in zip(names[:MOST_DOMAINS], shares, strict=False)
+        {
+            "domain": name,
+            "distance": float(np.abs(share - overall).sum() / 2),
+            "cells": _cells(share, overall, total, shown),
+        }
+        for name, share, total in zip(names[:MOST_DOMAINS], shares, counts[present].sum(axis=1), strict=False)
     ]
     return {
         "layer": facts.layers[at],
@@ -159,10 +163,11 @@ def by_domain(trace: Trace, at: int) -> dict[str, Any]:
     }
 
 
-def _cells(share: Array, overall: Array, shown: Array) -> list[dict[str, Any]]:
-    relative = np.divide(share, overall, out=np.zeros_like(share), where=overall > 0)
-    bands = _band(relative)
-    return [{"share": float(share[e]), "band": int(bands[e]) if overall[e] else None} for e in shown]
+def _cells(share: Array, overall: Array, total: int, shown: Array) -> list[dict[str, Any]]:
+    """Shares, with a band where an even domain would give the expert enough picks for the ratio to mean something."""
+    told = overall * total >= LEAST_SEEN
+    bands = _band(np.divide(share, overall, out=np.zeros_like(share), where=told))
+    return [{"share": float(share[e]), "band": int(bands[e]) if told[e] else None} for e in shown]
 
 
 # Experts by token

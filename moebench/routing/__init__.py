@@ -2,7 +2,11 @@
 
 from moebench.routing.build import route_problem
 from moebench.routing.capacity import apply_capacity, capacity_slots
-from moebench.routing.routers import route
-from moebench.routing.topk import TopK
+from moebench.routing.forms import Mix, Ragged, Routing, TopK
+from moebench.routing.route import decide, make_scores, route
+from moebench.routing.scores import Scores, Side
 
-__all__ = ["TopK", "apply_capacity", "capacity_slots", "route", "route_problem"]
+__all__ = [
+    "Mix", "Ragged", "Routing", "Scores", "Side", "TopK", "apply_capacity", "capacity_slots", "decide", "make_scores",
+    "route", "route_problem",
+]  # fmt: skip

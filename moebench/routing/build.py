@@ -1,52 +1,111 @@
-"""One draw of a problem's routing."""
+"""One draw of a problem's routing: by a traffic pattern, by the layer's own router, or by a trace."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from moebench.catalogue.gate import VOCABULARY
+from moebench.catalogue.routers import imposable, router_info
 from moebench.catalogue.spec import LayerSpec
+from moebench.point import Capacity
 from moebench.routing.capacity import apply_capacity, capacity_slots
-from moebench.routing.logits import impose_choice, widen_margin
+from moebench.routing.forms import Routing, TopK, top_k_routing
+from moebench.routing.logits import impose, steady
 from moebench.routing.patterns import choose_experts
-from moebench.routing.routers import refuse_unbuilt, route
-from moebench.routing.topk import TopK
+from moebench.routing.route import make_scores, route
+from moebench.routing.scores import Scores, Side
 from moebench.traffic import Traffic
 
 
-def route_problem(layer: LayerSpec, traffic: Traffic, logits: Tensor | None, tokens: int, seed: int) -> TopK:
-    """Dropless routing of T tokens.
+@dataclass(frozen=True)
+class Demand:
+    """What one draw asks of a router.
 
-    Args:
-        logits: the layer's own logits of random hidden states, float32 [T, E], for traffic `router`; else None.
+    Attributes:
+        layer, traffic: of the problem.
+        x: float32 [T, D], before any choice is imposed on it.
+        gate: the gate's weights by name, float32.
+        side: what else the router looks at.
         seed: of everything random here.
+        draw: which of the rotating draws it is; a trace gives each another window.
+    """
+
+    layer: LayerSpec
+    traffic: Traffic
+    x: Tensor
+    gate: Mapping[str, Tensor]
+    side: Side
+    seed: int
+    draw: int = 0
+
+
+def route_problem(demand: Demand) -> Routing:
+    """Dropless routing of T tokens. Its logits, where it has some, are those that x is to be moved to.
 
     Raises:
-        NotImplementedError: traffic `router` where the layer's router is not built.
+        ValueError: the traffic cannot be had with this layer, or a trace does not fit it; one line.
     """
-    generator = torch.Generator().manual_seed(seed)
-    if traffic.pattern == "router":
-        assert logits is not None
-        ids, _ = route(layer, logits)
-        return _from_logits(layer, widen_margin(logits, ids))
-    ids = choose_experts(traffic, tokens, layer.top_k, layer.routed_experts, generator)
-    try:
-        refuse_unbuilt(layer.router)
-    except NotImplementedError:
-        # The experts alone do not need the router: ids and weights are given to them.
-        weights = torch.softmax(torch.randn(ids.shape, generator=generator), dim=-1) * layer.router.scale
-        return TopK(ids, weights, ids, weights, None, layer.routed_experts)
-    return _from_logits(layer, impose_choice(ids, layer.routed_experts, generator))
+    layer, traffic, movable = demand.layer, demand.traffic, imposable(demand.layer.router)
+    if traffic.pattern == "router" or "token_ids" in router_info(layer.router.kind).side:
+        routing = route(layer, make_scores(layer, demand.x, demand.gate, demand.side))
+        return _settled(demand, routing.logits) if movable and routing.logits is not None else routing
+    ids, weights = _chosen(demand)
+    if not movable:
+        return top_k_routing(ids, weights, layer.routed_experts)
+    generator = torch.Generator().manual_seed(demand.seed)
+    return _settled(demand, impose(layer, ids, demand.gate.get("selection_bias"), generator))
 
 
-def with_capacity(routing: TopK, capacity_factor: float | str) -> TopK:
-    """The same routing under a capacity rule."""
+def _chosen(demand: Demand) -> tuple[Tensor, Tensor]:
+    """The traffic's ids [T, K], and weights for a router that cannot be made to choose them."""
+    layer, tokens = demand.layer, len(demand.x)
+    if demand.traffic.pattern == "trace":
+        from moebench.routing.replay import replay
+
+        assert demand.traffic.path is not None
+        at = demand.traffic.trace_layer
+        return replay(demand.traffic.path, at, tokens, demand.draw, demand.seed, layer.top_k, layer.routed_experts)
+    generator = torch.Generator().manual_seed(demand.seed)
+    choices = layer.routed_experts + layer.router.zero_experts
+    grouped = (layer.router.groups, layer.router.topk_groups) if imposable(layer.router) else (1, 1)
+    ids = choose_experts(demand.traffic, tokens, layer.top_k, choices, generator, *grouped)
+    return ids, torch.softmax(torch.randn(ids.shape, generator=generator), dim=-1) * layer.router.scale
+
+
+def _settled(demand: Demand, logits: Tensor) -> Routing:
+    """The routing of these logits once every choice has its margin."""
+    scores = _scores(demand, logits)
+    settled = steady(logits, lambda z: route(demand.layer, replace(scores, logits=z)))
+    return route(demand.layer, replace(scores, logits=settled))
+
+
+def _scores(demand: Demand, logits: Tensor) -> Scores:
+    """The router's scores with other logits: its biases and noise are its own."""
+    return replace(make_scores(demand.layer, demand.x, demand.gate, demand.side), logits=logits)
+
+
+def token_ids(traffic: Traffic, tokens: int, generator: torch.Generator) -> Tensor:
+    """int64 [T] below VOCABULARY: the traffic of a router that looks at token ids is that of the ids themselves.
+
+    `zipf:ALPHA` gives the r-th most frequent id a share ~ r^-ALPHA, as Zipf's law has it for words; else all are alike.
+    """
+    alpha = traffic.alpha or 0.0
+    share = torch.arange(1, VOCABULARY + 1, dtype=torch.float64).pow(-alpha)
+    frequent_first = torch.randperm(VOCABULARY, generator=generator)
+    return frequent_first[torch.multinomial(share, tokens, replacement=True, generator=generator)]
+
+
+def with_capacity(routing: Routing, capacity: Capacity) -> Routing:
+    """The same routing under a capacity rule; Ragged and Mix have their own and stay as they are."""
+    if not isinstance(routing, TopK):
+        return routing
     tokens, top_k = routing.wanted_ids.shape
-    slots = capacity_slots(capacity_factor, tokens, top_k, routing.routed_experts)
-    ids, weights = apply_capacity(routing.wanted_ids, routing.wanted_weights, slots, routing.routed_experts)
-    return TopK(ids, weights, routing.wanted_ids, routing.wanted_weights, routing.logits, routing.routed_experts)
-
-
-def _from_logits(layer: LayerSpec, logits: Tensor) -> TopK:
-    ids, weights = route(layer, logits)
-    return TopK(ids, weights, ids, weights, logits, layer.routed_experts)
+    slots = capacity_slots(capacity, tokens, top_k, routing.routed_experts)
+    ids, weights = apply_capacity(
+        routing.wanted_ids, routing.wanted_weights, slots, routing.routed_experts, capacity.order
+    )
+    return replace(routing, ids=ids, weights=weights)

@@ -11,7 +11,8 @@ from moebench.catalogue.spec import LayerSpec, RouterSpec
 from moebench.check import Verdict
 from moebench.point import DRAWS, Problem, Variant
 from moebench.providers.load import load
-from moebench.workload import make_draw, make_weights
+from moebench.weights import make_weights
+from moebench.workload import make_draw
 
 NUMBER = r"[0-9.]+(e[+-]\d+)?"
 OFF = rf"relative error {NUMBER} against the float64 oracle"
@@ -20,6 +21,8 @@ USER_KERNELS = Path(__file__).parent / "user_kernels.py"
 
 def layer_of(experts: int = 8, top_k: int = 2, *, hidden: int = 32, ffn: int = 16, **more: Any) -> LayerSpec:
     """A layer small enough for thousands of checks; rows are multiples of 16 bytes, as grouped_mm wants them."""
+    if more.get("activation") == "limited_swiglu":
+        more.setdefault("activation_limit", 0.5)
     return LayerSpec(hidden, ffn, experts, top_k, **more)
 
 
@@ -40,25 +43,26 @@ def bench_of(
     """Weights and draws of a problem, as the worker makes them."""
     problem = Problem("custom", layer, tokens, traffic, direction, seed=seed)
     weights = make_weights(layer, precision, "cpu", seed)
-    draws = tuple(make_draw(problem, weights.router, index) for index in range(DRAWS + 1))
+    draws = tuple(make_draw(problem, weights, index) for index in range(DRAWS + 1))
     return Bench(problem, weights, draws)
 
 
 def arm_of(
-    provider: Any, bench: Bench, *, precision: str = "fp32", scope: str = "experts", capacity: Any = "dropless"
-) -> Arm:
+    provider: Any, bench: Bench, *, precision: str = "fp32", scope: str = "experts", capacity: Any = "dropless",
+    rounding: str = "ceil", order: str = "position",
+) -> Arm:  # fmt: skip
     """The provider (or its name) on the bench."""
     found = load(provider) if isinstance(provider, str) else provider
-    return Arm(found, bench, Variant(found.name, precision, capacity, scope=scope), "cpu")
+    return Arm(found, bench, Variant(found.name, precision, capacity, rounding, order, scope=scope), "cpu")
 
 
 def verdict_of(
     provider: Any, layer: LayerSpec, tokens: int = 37, *, precision: str = "fp32", scope: str = "experts",
-    capacity: Any = "dropless", **problem: Any,
+    capacity: Any = "dropless", rounding: str = "ceil", order: str = "position", **problem: Any,
 ) -> Verdict:  # fmt: skip
     """Check a provider on a problem; it must not refuse it."""
     arm = arm_of(provider, bench_of(layer, tokens, precision=precision, **problem), precision=precision, scope=scope,
-                 capacity=capacity)  # fmt: skip
+                 capacity=capacity, rounding=rounding, order=order)  # fmt: skip
     reason = arm.provider.refuse(arm.case)
     assert reason is None, reason
     return arm.check()

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from core_arms import arm_of, bench_of, layer_of, verdict_of
 
+from moebench.point import Capacity
 from moebench.providers.base import Case
 from moebench.providers.torch_compiled import PROVIDER, traces_grouped
 
 
 def case(precision: str, hidden: int = 32) -> Case:
-    return Case(layer_of(hidden=hidden), 8, "forward", precision, "dropless", "experts", "cpu")
+    return Case(layer_of(hidden=hidden), 8, "forward", precision, Capacity(), "experts", "cpu")
 
 
 def test_the_grouped_form_is_compiled_where_inductor_takes_it() -> None:

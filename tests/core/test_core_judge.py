@@ -13,6 +13,11 @@ from core_arms import NUMBER, OFF, arm_of, assert_says, bench_of, layer_of, shar
 from moebench import oracle
 from moebench.answer import sample_tokens
 from moebench.providers.load import load
+from moebench.workload import Choice, choice_of
+
+
+def picks(ids: torch.Tensor) -> Choice:
+    return Choice(ids, torch.ones(ids.shape))
 
 
 @pytest.mark.parametrize("scope", ["experts", "layer"])
@@ -172,7 +177,7 @@ def test_the_oracle_is_asked_once_a_block(monkeypatch: pytest.MonkeyPatch) -> No
 def test_rows_that_are_not_sampled_are_still_written() -> None:
     """Of 600 tokens 256 are compared; a row that nobody wrote is seen in any of them."""
     bench = bench_of(layer_of(), tokens=600)
-    left_out = sorted(set(range(600)) - set(sample_tokens(bench.draws[-1].routing.wanted_ids).tolist()))[0]
+    left_out = sorted(set(range(600)) - set(sample_tokens(choice_of(bench.draws[-1].routing), 600).tolist()))[0]
 
     def forgets_a_row(x, *rest):
         y = load(user_kernel("right")).experts(x, *rest)
@@ -190,7 +195,7 @@ def test_rows_that_are_not_sampled_are_still_written() -> None:
 def test_all_tokens_are_looked_at_up_to_256() -> None:
     for tokens in (1, 37, 256):
         ids = torch.randint(0, 8, (tokens, 2))
-        assert sample_tokens(ids).tolist() == list(range(tokens))
+        assert sample_tokens(picks(ids), tokens).tolist() == list(range(tokens))
 
 
 def test_the_sample_hits_every_active_expert() -> None:
@@ -199,21 +204,21 @@ def test_the_sample_hits_every_active_expert() -> None:
     rare = torch.arange(2, 200)
     at = torch.randperm(5000)[: len(rare)]
     ids[at, 1] = rare
-    picked = sample_tokens(ids)
+    picked = sample_tokens(picks(ids), 5000)
     assert len(picked) <= 256
     assert picked.tolist() == sorted(set(picked.tolist()))
     assert set(ids[picked].flatten().tolist()) == set(range(200))
 
 
 def test_the_sample_spreads_over_the_tokens() -> None:
-    picked = sample_tokens(torch.randint(0, 4, (10_000, 2)))
+    picked = sample_tokens(picks(torch.randint(0, 4, (10_000, 2))), 10_000)
     assert 250 <= len(picked) <= 256
     assert picked.diff().max() <= 40
     assert (picked[0].item(), picked[-1].item()) == (0, 9999)
 
 
 def test_many_experts_leave_no_stretch_of_tokens_out() -> None:
-    picked = sample_tokens(torch.rand(10_000, 128).topk(8).indices)
+    picked = sample_tokens(picks(torch.rand(10_000, 128).topk(8).indices), 10_000)
     assert len(picked) <= 256
     assert picked.diff().max() <= 80
 
@@ -221,4 +226,4 @@ def test_many_experts_leave_no_stretch_of_tokens_out() -> None:
 def test_dropped_assignments_do_not_count_as_hits() -> None:
     ids = torch.full((1000, 2), -1)
     ids[700, 0] = 3
-    assert 700 in sample_tokens(ids).tolist()
+    assert 700 in sample_tokens(picks(ids), 1000).tolist()

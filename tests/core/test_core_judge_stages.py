@@ -59,9 +59,9 @@ def test_a_gate_that_forgets_to_renormalise_is_caught() -> None:
     layer = layer_of()
     layer = replace(layer, router=replace(layer.router, normalise=True))
 
-    def bare(x: Any, router: Any, case: Any) -> Any:
+    def bare(x: Any, router: Any, case: Any, side: Any) -> Any:
         plain = replace(case, layer=replace(case.layer, router=replace(case.layer.router, normalise=False)))
-        return torch_grouped.STAGES.gate(x, router, plain)
+        return torch_grouped.STAGES.gate(x, router, plain, side)
 
     assert verdict_of(staged(), layer, scope="gate").wrong is None
     assert verdict_of(staged(gate=bare), layer, scope="gate").wrong is not None
@@ -129,7 +129,7 @@ def test_a_plan_over_capacity_is_caught() -> None:
     full = arm_of("torch-grouped", bench_of(layer_of(), traffic="zipf:2"), scope="plan")
     inputs = full.buffers[0]
     plan = torch_grouped.plan(inputs.ids, full.case)
-    answer = Answer(inputs, inputs.ids, inputs.weights, plan, {})
+    answer = Answer(inputs, inputs.choice, plan, {})
     verdict = judge(arm.provider, arm.state, arm.case, arm.bench.weights, answer)
     assert verdict.wrong == f"the plan gives an expert more than its capacity of {arm.case.slots}"
     assert judge(full.provider, full.state, full.case, full.bench.weights, answer).wrong is None

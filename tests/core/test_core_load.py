@@ -11,6 +11,7 @@ import torch
 from core_arms import layer_of, user_kernel, verdict_of
 
 from moebench import providers
+from moebench.point import Capacity
 from moebench.providers import PROVIDERS, Listing, is_file, is_known, unknown
 from moebench.providers.base import Case, ExpertsProvider
 from moebench.providers.load import Unavailable, from_function, load
@@ -37,7 +38,7 @@ def refused(name: str) -> str:
 
 def case(**more: Any) -> Case:
     plain: dict[str, Any] = {
-        "layer": layer_of(), "tokens": 8, "direction": "forward", "precision": "fp32", "capacity_factor": "dropless",
+        "layer": layer_of(), "tokens": 8, "direction": "forward", "precision": "fp32", "capacity": Capacity(),
         "scope": "experts", "device_kind": "cpu",
     }  # fmt: skip
     return Case(**plain | more)
@@ -179,9 +180,9 @@ def test_activations_default_to_swiglu() -> None:
 
 
 def test_drops_must_be_accepted() -> None:
-    reason = declared().refuse(case(capacity_factor=1.0))
+    reason = declared().refuse(case(capacity=Capacity(1.0)))
     assert reason == "mine does not accept dropped assignments (set accepts_drops = True on the function)"
-    assert declared(accepts_drops=True).refuse(case(capacity_factor=1.0)) is None
+    assert declared(accepts_drops=True).refuse(case(capacity=Capacity(1.0))) is None
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moebench import oracle
+from moebench import oracle, oracle_gate
 from moebench.catalogue.huggingface import read_config
 from moebench.catalogue.spec import LayerSpec
-from moebench.workload import Weights
+from moebench.weights import Weights
 
 D, F, E, K, T = 24, 20, 6, 2, 33
 pytest.importorskip("transformers", reason="the oracle's own oracle is transformers")
@@ -126,7 +126,7 @@ def test_gate(twin: Twin) -> None:
     """transformers rounds its scores to float32, so weights agree to that; the choice exactly."""
     x = hidden_states()
     want_ids, want = twin.route(x)
-    ids, gates = oracle.gate(twin.layer, twin.weights, x)
+    ids, gates = oracle_gate.gate(twin.layer, twin.weights, x)
     order = ids.argsort(dim=1)
     assert torch.equal(ids.gather(1, order), want_ids)
     assert ids.shape == (T, twin.layer.top_k)
@@ -150,7 +150,7 @@ def test_shared_experts(twin: Twin) -> None:
     x = hidden_states()
     ids, gates = twin.route(x)
     want = twin(x) - twin.block.experts(x, ids, gates)
-    found = oracle.shared(twin.layer, twin.weights, x)
+    found = oracle.joined(twin.layer, twin.weights, x, torch.zeros_like(x))
     if twin.layer.shared_experts:
         assert relative(found, want) < 1e-12
     else:
@@ -160,8 +160,8 @@ def test_shared_experts(twin: Twin) -> None:
 
 def test_the_whole_layer(twin: Twin) -> None:
     x = hidden_states()
-    ids, gates = oracle.gate(twin.layer, twin.weights, x)
-    y = oracle.experts(twin.layer, twin.weights, x, ids, gates) + oracle.shared(twin.layer, twin.weights, x)
+    ids, gates = oracle_gate.gate(twin.layer, twin.weights, x)
+    y = oracle.joined(twin.layer, twin.weights, x, oracle.experts(twin.layer, twin.weights, x, ids, gates))
     assert relative(y, twin(x)) < 1e-6  # float32 scores again
 
 
@@ -191,7 +191,7 @@ def test_switch_transformers_ungated_top_1(tmp_path: Path) -> None:
         torch.stack([expert.wo.weight for expert in experts]),
     )
     x = hidden_states()
-    ids, gates = oracle.gate(layer, weights, x)
+    ids, gates = oracle_gate.gate(layer, weights, x)
     found = oracle.experts(layer, weights, x, ids, gates)
     want = block(x[None])[0]
     assert int((want.norm(dim=1) > 0).sum()) == T  # none over capacity, so every token has an answer

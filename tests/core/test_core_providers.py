@@ -9,9 +9,11 @@ import pytest
 import torch
 from core_arms import arm_of, bench_of, layer_of, router, shared, user_kernel, verdict_of
 
-from moebench.catalogue.spec import LayerSpec
+from moebench.catalogue.layer_forms import LAYER_FORMS
+from moebench.catalogue.routers import ROUTERS, needed_picks
+from moebench.catalogue.spec import SHARED_COMBINES, LayerSpec
 from moebench.catalogue.support import BUILT_ACTIVATIONS
-from moebench.point import STAGES
+from moebench.point import DROP_ORDERS, STAGES, Capacity
 from moebench.providers import PROVIDERS, base
 from moebench.providers.base import Case
 from moebench.providers.load import load
@@ -32,7 +34,7 @@ def passes(provider: str, layer: LayerSpec, tokens: int = 37, **more: Any) -> No
 def test_the_table_is_covered() -> None:
     """A provider of ours that is added must be added here; those of other libraries, in tests/providers."""
     ours = {name for name, listing in PROVIDERS.items() if listing.needs is None}
-    assert ours == {*EAGER, "torch-compile", "triton"}
+    assert ours - set(LAYER_FORMS) == {*EAGER, "torch-compile", "triton"}
 
 
 @pytest.mark.parametrize("scope", ["experts", "layer"])
@@ -60,7 +62,7 @@ def test_built_activations_are_the_catalogue_s(provider: str) -> None:
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
-@pytest.mark.parametrize("combine", ["add", "sigmoid_gate"])
+@pytest.mark.parametrize("combine", SHARED_COMBINES[1:])
 @pytest.mark.parametrize("provider", EAGER)
 def test_shared_experts(provider: str, combine: str, direction: str) -> None:
     for activation in ("swiglu", "relu"):
@@ -70,17 +72,49 @@ def test_shared_experts(provider: str, combine: str, direction: str) -> None:
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
-@pytest.mark.parametrize(
-    "spec",
-    [router("softmax_topk", normalise=True), router("softmax_topk", scale=2.5), router("topk_softmax"),
-     router("topk_softmax", scale=0.5), router("switch_top1")],
-    ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("provider", EAGER)
-def test_routers(provider: str, spec: Any, direction: str) -> None:
-    layer = layer_of(8, 1 if spec.kind == "switch_top1" else 3, router=spec)
-    for traffic in ("balanced", "router"):
-        passes(provider, layer, 12, scope="layer", direction=direction, traffic=traffic)
+@pytest.mark.parametrize("provider", ["torch-loop", "torch-bmm", "torch-grouped", "torch-dense"])
+def test_expert_biases(provider: str, direction: str) -> None:
+    for activation in ("clamped_swiglu", "gelu"):
+        layer = layer_of(activation=activation, expert_bias=True)
+        for capacity in ("dropless", 0.5):
+            passes(provider, layer, 21, scope="layer", direction=direction, capacity=capacity)
+    if provider in STAGED:
+        for scope in ("up_projection", "down_projection"):
+            passes(provider, layer_of(expert_bias=True), 21, scope=scope, capacity=0.5)
+
+
+def test_biases_nobody_took_are_refused() -> None:
+    biased = case(layer=layer_of(expert_bias=True))
+    assert load("torch-compile").refuse(biased) == "torch-compile does not take biases in the experts"
+    assert load(user_kernel("right")).refuse(biased).endswith("does not take biases in the experts")
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_every_router(kind: str, mode: str) -> None:
+    """At every scope that has one: each provider's gate and sum against float64."""
+    info = ROUTERS[kind]
+    K = needed_picks(kind, 8) or 2
+    layer = layer_of(8, K, router=router(kind, training=mode == "training", **info.defaults))
+    traffics = ("router", "zipf:1") if info.imposable or "token_ids" in info.side else ("router",)
+    for traffic in traffics:
+        passes("torch-grouped", layer, 40, scope="gate", traffic=traffic)
+        for provider in ("torch-loop", "torch-bmm", "torch-grouped", "torch-dense"):
+            for scope in ("layer", "experts"):
+                passes(provider, layer, 40, scope=scope, traffic=traffic)
+    for scope in ("layer", "experts"):
+        passes("torch-grouped", layer, 24, scope=scope, traffic="router", direction="forward_backward")
+
+
+@pytest.mark.parametrize("order", DROP_ORDERS)
+def test_drop_orders(order: str) -> None:
+    for rounding in ("ceil", "v-moe"):
+        for scope in ("layer", "experts"):
+            for provider in ("torch-loop", "torch-bmm", "torch-grouped"):
+                more = {"traffic": "zipf:1", "capacity": 0.6, "order": order, "rounding": rounding, "scope": scope}
+                passes(provider, layer_of(), 60, **more)
+    passes("torch-grouped", layer_of(), 60, traffic="zipf:1", capacity=0.6, order=order, scope="layer",
+           direction="forward_backward")  # fmt: skip
 
 
 @pytest.mark.parametrize("scope", ["experts", "layer"])
@@ -207,7 +241,7 @@ def test_fidelity_is_what_the_precision_costs() -> None:
 
 
 def case(**more: Any) -> Case:
-    base_case = Case(layer_of(), 8, "forward", "fp32", "dropless", "experts", "cpu")
+    base_case = Case(layer_of(), 8, "forward", "fp32", Capacity(), "experts", "cpu")
     return replace(base_case, **more)
 
 
@@ -226,12 +260,12 @@ def test_stages_are_forward_only(provider: str) -> None:
         )
 
 
-@pytest.mark.parametrize("provider", EAGER)
-@pytest.mark.parametrize("activation", ["clamped_swiglu", "relu2"])
-def test_other_activations_are_refused_by_name(provider: str, activation: str) -> None:
-    assert load(provider).refuse(case(layer=layer_of(activation=activation))) == (
-        f"{provider} does not compute activation '{activation}'"
-    )
+@pytest.mark.parametrize("activation", ["limited_swiglu", "relu2"])
+def test_other_activations_are_refused_by_name(activation: str) -> None:
+    for provider in ("triton", user_kernel("right")):
+        assert load(provider).refuse(case(layer=layer_of(activation=activation))) == (
+            f"{provider} does not compute activation '{activation}'"
+        )
 
 
 def test_grouped_names_the_width_that_does_not_fit() -> None:

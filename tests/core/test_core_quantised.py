@@ -12,19 +12,19 @@ from moebench import oracle
 from moebench.derive import performance
 from moebench.measure.ceilings import measure_ceilings
 from moebench.measure.errors import REL_TOLERANCE
-from moebench.point import PRECISIONS, QUANTISED_PRECISIONS, STAGES, Problem, Variant, base_precision
+from moebench.point import PRECISIONS, QUANTISED_PRECISIONS, STAGES, Capacity, Problem, Variant, base_precision
 from moebench.providers.base import Case, ExpertsProvider
 from moebench.providers.load import Unavailable, load
 from moebench.refusal import refusal
+from moebench.weights import make_weights, weight_bytes
 from moebench.work import expert_bytes, held_bytes, matrix_bytes, point_work
 from moebench.worker import Worker
-from moebench.workload import make_weights, weight_bytes
 
 LAYER = layer_of(experts=4, top_k=2, hidden=64, ffn=48)
 
 
 def case_of(precision: str, *, direction: str = "forward", scope: str = "experts") -> Case:
-    return Case(LAYER, 8, direction, precision, "dropless", scope, "cpu")
+    return Case(LAYER, 8, direction, precision, Capacity(), scope, "cpu")
 
 
 def test_the_kernels_know_these_precisions() -> None:

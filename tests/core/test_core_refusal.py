@@ -12,7 +12,8 @@ from moebench.catalogue.support import missing
 from moebench.point import SCOPES, Problem, Variant
 from moebench.refusal import NEEDS_ROUTER, WELL_CONDITIONED, refusal
 from moebench.routing import route
-from moebench.workload import DTYPES, make_draw, make_weights
+from moebench.weights import DTYPES, make_weights
+from moebench.workload import make_draw
 
 
 def reason(model: str | LayerSpec, scope: str, traffic: str = "balanced", precision: str = "fp32") -> str | None:
@@ -104,9 +105,9 @@ def flips(experts: int, hidden: int) -> int:
     """Choices that bf16 flips, of 768."""
     layer, total = layer_of(experts, 8, hidden=hidden, router=router("softmax_topk")), 0
     for seed in range(3):
-        W = make_weights(layer, "bf16", "cpu", seed).router
-        draw = make_draw(Problem("m", layer, 256, "uniform", seed=seed), W, 0)
-        ids, _ = route(layer, draw.x.to(DTYPES["bf16"]) @ W.T)
+        weights = make_weights(layer, "bf16", "cpu", seed)
+        draw = make_draw(Problem("m", layer, 256, "uniform", seed=seed), weights, 0)
+        ids = route(layer, draw.x.to(DTYPES["bf16"]) @ weights.router.T).ids
         total += int((ids.sort(1).values != draw.routing.ids.sort(1).values).any(1).sum())
     return total
 

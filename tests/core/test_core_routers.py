@@ -9,15 +9,14 @@ import torch
 from core_arms import layer_of, router
 from torch import Tensor
 
-from moebench.catalogue.routers import ROUTERS
 from moebench.catalogue.spec import LayerSpec, RouterSpec
 from moebench.point import Problem
-from moebench.routing import route, route_problem
-from moebench.routing.logits import MARGIN, impose_choice, impose_logits, widen_margin
+from moebench.routing import route
+from moebench.routing.logits import MARGIN, impose_choice, impose_logits, steady
 from moebench.routing.patterns import choose_experts
-from moebench.routing.routers import BUILT, refuse_unbuilt
 from moebench.traffic import parse_traffic
-from moebench.workload import DTYPES, make_draw, make_weights, seed_of
+from moebench.weights import DTYPES, make_weights, seed_of
+from moebench.workload import make_draw
 
 SHAPES = [(1, 1, 1), (1, 8, 2), (5, 3, 3), (37, 8, 2), (64, 16, 5), (100, 60, 4)]  # T, E, K
 BUILT_ROUTERS = [
@@ -28,6 +27,11 @@ BUILT_ROUTERS = [
 
 def chosen(pattern: str, tokens: int, experts: int, top_k: int, seed: int = 0) -> Tensor:
     return choose_experts(parse_traffic(pattern), tokens, top_k, experts, torch.Generator().manual_seed(seed))
+
+
+def routed(layer: LayerSpec, logits: Tensor) -> tuple[Tensor, Tensor]:
+    found = route(layer, logits)
+    return found.ids, found.weights
 
 
 def by_hand(spec: RouterSpec, top_k: int, logits: Tensor) -> tuple[list[int], list[float]]:
@@ -45,7 +49,7 @@ def by_hand(spec: RouterSpec, top_k: int, logits: Tensor) -> tuple[list[int], li
 def test_built_routers_by_hand(spec: RouterSpec) -> None:
     K = 1 if spec.kind == "switch_top1" else 3
     logits = torch.randn(20, 9, generator=torch.Generator().manual_seed(1))
-    ids, weights = route(layer_of(9, K, router=spec), logits)
+    ids, weights = routed(layer_of(9, K, router=spec), logits)
     assert weights.dtype == torch.float32
     for token in range(20):
         want_ids, want = by_hand(spec, K, logits[token])
@@ -56,52 +60,24 @@ def test_built_routers_by_hand(spec: RouterSpec) -> None:
 @pytest.mark.parametrize("spec", BUILT_ROUTERS, ids=str)
 def test_weights_sum_to_what_the_rule_says(spec: RouterSpec) -> None:
     K = 1 if spec.kind == "switch_top1" else 4
-    _, weights = route(layer_of(8, K, router=spec), torch.randn(50, 8))
+    _, weights = routed(layer_of(8, K, router=spec), torch.randn(50, 8))
     total = weights.double().sum(dim=1)
     if spec.normalise or spec.kind == "topk_softmax":
         assert (total - spec.scale).abs().max() < 1e-6
     else:
         assert total.max() < spec.scale
     assert weights.min() > 0
-    _, whole = route(layer_of(4, 4, router=router("softmax_topk")), torch.randn(50, 4))
+    _, whole = routed(layer_of(4, 4, router=router("softmax_topk")), torch.randn(50, 4))
     assert (whole.sum(dim=1) - 1).abs().max() < 1e-6
 
 
 def test_low_precision_logits_are_widened_first() -> None:
     logits = torch.randn(10, 8).bfloat16()
     for spec in (router("softmax_topk"), router("topk_softmax")):
-        ids, weights = route(layer_of(8, 2, router=spec), logits)
-        same_ids, same = route(layer_of(8, 2, router=spec), logits.float())
+        ids, weights = routed(layer_of(8, 2, router=spec), logits)
+        same_ids, same = routed(layer_of(8, 2, router=spec), logits.float())
         assert torch.equal(ids, same_ids)
         assert torch.equal(weights, same)
-
-
-UNBUILT = [router(kind) for kind in sorted(ROUTERS) if not ROUTERS[kind].built]
-UNBUILT += [router("softmax_topk", groups=4, topk_groups=2), router("topk_softmax", logit_bias=True), router("made_up")]
-
-
-@pytest.mark.parametrize("spec", UNBUILT, ids=lambda spec: f"{spec.kind}-{spec.groups}-{spec.logit_bias}")
-def test_an_unbuilt_router_raises_and_names_itself(spec: RouterSpec) -> None:
-    layer = layer_of(8, 2, router=spec)
-    with pytest.raises(NotImplementedError, match=f"router '{spec.kind}'.* not built yet"):
-        route(layer, torch.randn(4, 8))
-    with pytest.raises(NotImplementedError, match=f"router '{spec.kind}'"):
-        route_problem(layer, parse_traffic("router"), torch.randn(4, 8), 4, 0)
-
-
-@pytest.mark.parametrize("spec", UNBUILT[:3], ids=lambda spec: spec.kind)
-def test_the_experts_of_an_unbuilt_router_still_get_traffic(spec: RouterSpec) -> None:
-    """Its ids and weights are given; no logits pretend that a router made them."""
-    routing = route_problem(layer_of(8, 2, router=spec), parse_traffic("balanced"), None, 16, 0)
-    assert routing.logits is None
-    assert set(routing.counts().tolist()) == {4}
-    assert (routing.weights.sum(dim=1) - 1).abs().max() < 1e-6
-
-
-def test_built_is_what_the_catalogue_says() -> None:
-    assert set(BUILT) == {name for name, info in ROUTERS.items() if info.built}
-    for kind in BUILT:
-        refuse_unbuilt(router(kind))
 
 
 # Imposed choices.
@@ -119,9 +95,9 @@ def test_imposed_logits_choose_the_ids_in_their_order(shape: tuple[int, int, int
 
 
 def test_the_margin_stands_at_the_last_place_of_a_real_router() -> None:
-    logits = torch.randn(200, 16)
+    logits, layer = torch.randn(200, 16), layer_of(16, 3)
     ids = logits.topk(3).indices
-    wide = widen_margin(logits, ids)
+    wide = steady(logits, lambda z: route(layer, z))
     assert torch.equal(wide.topk(3).indices, ids)
     ranked = wide.sort(dim=-1, descending=True).values
     assert (ranked[:, 2] - ranked[:, 3]).min() >= MARGIN * 0.999
@@ -154,11 +130,12 @@ def test_no_rounding_flips_a_choice(kind: str, precision: str, pattern: str) -> 
     for layer in LAYERS:
         K = 1 if kind == "switch_top1" else layer.top_k
         layer = LayerSpec(layer.hidden_size, 16, layer.routed_experts, K, router=router(kind))
-        W = make_weights(layer, precision, "cpu", 3).router
-        draw = make_draw(Problem("m", layer, 256, pattern, seed=3), W, 0)
+        made = make_weights(layer, precision, "cpu", 3)
+        W = made.router
+        draw = make_draw(Problem("m", layer, 256, pattern, seed=3), made, 0)
         x = draw.x.to(DTYPES[precision])
         for logits in (x @ W.T, x.double() @ W.double().T):
-            ids, weights = route(layer, logits)
+            ids, weights = routed(layer, logits)
             assert torch.equal(ids.sort(dim=1).values, draw.routing.ids.sort(dim=1).values)
             close = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 0.1}[precision]
             assert (weights - draw.routing.weights.gather(1, _places(draw.routing.ids, ids))).abs().max() < close
@@ -171,11 +148,11 @@ def _places(ids: Tensor, wanted: Tensor) -> Tensor:
 
 def test_router_traffic_is_the_layer_s_own_choice() -> None:
     layer = layer_of(16, 3, hidden=64)
-    W = make_weights(layer, "fp32", "cpu", 0).router
+    made = make_weights(layer, "fp32", "cpu", 0)
     problem = Problem("m", layer, 50, "router")
-    draw = make_draw(problem, W, 0)
+    draw = make_draw(problem, made, 0)
     x = torch.randn(50, 64, generator=_generator_of(problem, 0))
-    ids, _ = route(layer, x @ W.T)
+    ids, _ = routed(layer, x @ made.router.T)
     assert torch.equal(draw.routing.ids, ids)
     assert (draw.x - x).norm() < 0.2 * x.norm()  # moved by the margin only
 
@@ -186,7 +163,7 @@ def _generator_of(problem: Problem, index: int) -> torch.Generator:
 
 def test_more_experts_than_hidden_units_leave_x_as_it_comes() -> None:
     layer = layer_of(64, 2, hidden=32)
-    W = make_weights(layer, "fp32", "cpu", 0).router
-    balanced, own = (make_draw(Problem("m", layer, 64, pattern), W, 0) for pattern in ("balanced", "router"))
+    made = make_weights(layer, "fp32", "cpu", 0)
+    balanced, own = (make_draw(Problem("m", layer, 64, pattern), made, 0) for pattern in ("balanced", "router"))
     assert torch.equal(balanced.x, own.x)
     assert set(balanced.routing.counts().tolist()) == {2}  # still what was asked, for scope `experts`

@@ -10,7 +10,8 @@ from torch import Tensor
 from moebench.point import Problem
 from moebench.routing.patterns import choose_experts, solve_alpha
 from moebench.traffic import parse_traffic
-from moebench.workload import make_draw, make_weights
+from moebench.weights import make_weights
+from moebench.workload import make_draw
 
 PATTERNS = ["balanced", "uniform", "zipf:1", "zipf:20", "active:0.3@4"]
 SHAPES = [(1, 1, 1), (1, 8, 2), (5, 3, 3), (37, 8, 2), (64, 16, 5), (100, 60, 4)]  # T, E, K
@@ -128,7 +129,7 @@ def test_the_fractions_that_are_offered_are_accepted() -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_draws_are_fixed_by_the_seed_and_differ_between_seeds(pattern: str) -> None:
     problem = Problem("m", layer_of(experts=16, top_k=2), 32, pattern, seed=5)
-    weights = make_weights(problem.layer, "fp32", "cpu", 5).router
+    weights = make_weights(problem.layer, "fp32", "cpu", 5)
     first, again, second = (make_draw(problem, weights, index) for index in (0, 0, 1))
     assert torch.equal(first.x, again.x)
     assert torch.equal(first.routing.ids, again.routing.ids)
@@ -146,7 +147,7 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     problem = Problem("m", layer_of(), 16, "active:0.5@4")
-    make_draw(problem, make_weights(problem.layer, "fp32", "cpu", 0).router, 0)
+    make_draw(problem, make_weights(problem.layer, "fp32", "cpu", 0), 0)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from peer_arms import LAYER, case, stand_in, verdict_of
 
-from moebench.point import STAGES
+from moebench.point import STAGES, Capacity
 from moebench.providers import PROVIDERS, Listing, liger, peers
 from moebench.providers.load import Unavailable, load
 from moebench.providers.packages import Package, missing
@@ -51,14 +51,17 @@ def test_each_refuses_what_it_does_not_take(name: str) -> None:
         wrong = provider.refuse(case(direction="forward_backward", **takes))
         assert wrong == f"{name} takes directions forward, not forward_backward"
     if not provider.accepts_drops:
-        assert provider.refuse(case(capacity_factor=1.0, **takes)) == f"{name} takes no dropped assignments"
+        assert provider.refuse(case(capacity=Capacity(1.0), **takes)) == f"{name} takes no dropped assignments"
     if "fp32" not in provider.precisions:
         assert "not fp32" in provider.refuse(case(precision="fp32"))
     if provider.multiple_of > 1:
         odd = case(layer=replace(LAYER, expert_ffn_size=LAYER.expert_ffn_size + 1), **takes)
         assert f"a multiple of {provider.multiple_of}, which 129 is not" in provider.refuse(odd)
-    unbuilt = case(layer=replace(LAYER, activation="relu2"), **takes)
-    assert provider.refuse(unbuilt) == f"{name} does not compute activation 'relu2'"
+    if "relu2" not in provider.activations:
+        unbuilt = case(layer=replace(LAYER, activation="relu2"), **takes)
+        assert provider.refuse(unbuilt) == f"{name} does not compute activation 'relu2'"
+    biased = case(layer=replace(LAYER, expert_bias=True), **takes)
+    assert provider.refuse(biased) == f"{name} does not take biases in the experts"
 
 
 def test_a_library_that_is_not_installed_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ import torch
 from peer_arms import case, verdict_of
 
 from moebench.catalogue.spec import LayerSpec
+from moebench.point import Capacity
 from moebench.providers import transformers as adapter
 from moebench.providers.load import load
-from moebench.workload import make_weights
+from moebench.weights import make_weights
 
 pytest.importorskip("transformers.integrations.moe", reason="transformers >= 5.0 is not installed")
 NAMES = ["transformers-eager", "transformers-batched-mm", "transformers-grouped-mm"]
@@ -57,7 +58,7 @@ def test_it_is_transformers_that_computes(name: str, monkeypatch: pytest.MonkeyP
 
 def test_what_is_executed() -> None:
     counts = torch.tensor([3, 0, 2, 0, 0, 0])
-    asked = case(capacity_factor=0.5, tokens=13)
+    asked = case(capacity=Capacity(0.5), tokens=13)
     per_row = 2 * asked.layer.expert_params()
     assert adapter.GROUPED_MM.executed_flops(asked, counts) == 5 * per_row
     assert adapter.BATCHED_MM.executed_flops(asked, counts) == 26 * per_row
