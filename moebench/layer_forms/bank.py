@@ -69,11 +69,15 @@ def settle(scores: Tensor, k: int, chosen: Tensor | None, near: float = NEAR) ->
     best, own = scores.topk(k, dim=-1)
     if chosen is None:
         return own
+    least = best[..., -1] - near * scores.abs().amax(-1)
+    return chosen.where(acceptable(chosen, scores.gather(-1, chosen), least), own)
+
+
+def acceptable(chosen: Tensor, scores: Tensor, least: Tensor) -> Tensor:
+    """Whether choices [..., k] are distinct and their scores [..., k] at least `least` [...]: bool [..., 1]."""
     ordered = chosen.sort(-1).values
     distinct = (ordered[..., 1:] > ordered[..., :-1]).all(-1)
-    slack = near * scores.abs().amax(-1)
-    good = distinct & (scores.gather(-1, chosen).amin(-1) >= best[..., -1] - slack)
-    return chosen.where(good.unsqueeze(-1), own)
+    return (distinct & (scores.amin(-1) >= least)).unsqueeze(-1)
 
 
 def activated(layer: LayerSpec, rows: Tensor) -> Tensor:

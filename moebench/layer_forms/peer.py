@@ -21,7 +21,7 @@ from torch import Tensor
 from moebench import oracle
 from moebench.catalogue.layer_forms import peer_sizes
 from moebench.catalogue.spec import LayerSpec
-from moebench.layer_forms.bank import NEAR, Weights, activated, drawer, wide
+from moebench.layer_forms.bank import NEAR, Weights, acceptable, activated, drawer, wide
 
 GATHERED = 1 << 26  # numbers copied out of `down` at once: a million tokens' neurons are never all there
 
@@ -102,8 +102,6 @@ def _settle(first: Tensor, second: Tensor, k: int, chosen: Tensor | None) -> tup
     if chosen is None:
         return own, best
     given = first.gather(-1, chosen // keys) + second.gather(-1, chosen % keys)
-    ordered = chosen.sort(-1).values
-    distinct = (ordered[..., 1:] > ordered[..., :-1]).all(-1)
-    slack = NEAR * (first.abs().amax(-1) + second.abs().amax(-1))
-    good = (distinct & (given.amin(-1) >= best[..., -1] - slack)).unsqueeze(-1)
+    least = best[..., -1] - NEAR * (first.abs().amax(-1) + second.abs().amax(-1))
+    good = acceptable(chosen, given, least)
     return chosen.where(good, own), given.where(good, best)

@@ -62,6 +62,8 @@ def test_smear_leaves_experts_out_in_training() -> None:
     kept = {e: p[e] / (p[1] + p[6]) for e in (1, 6)}
     merged = [sum(share * weights[name][e] for e, share in kept.items()) for name in ("w_in", "w_down")]
     assert error(smear.forward(LAYER, weights, x, dropout=0.1, noise=noise), oracle.ffn(LAYER, x, *merged)) < 1e-12
+    just_in = smear.forward(LAYER, weights, x, dropout=0.5, noise=noise)
+    assert error(just_in, oracle.ffn(LAYER, x, *merged)) < 1e-12
     everyone = [weights[name].mean(0) for name in ("w_in", "w_down")]
     none_left = smear.forward(LAYER, weights, x, dropout=0.9, noise=noise)
     assert error(none_left, oracle.ffn(LAYER, x, *everyone)) < 1e-12
@@ -185,6 +187,17 @@ def test_peer_of_a_million_experts() -> None:
     sums = (scores[0].unsqueeze(-1) + scores[1].unsqueeze(-2)).flatten(1)
     found = peer.choices(layer, few, x[:1].double())[0]
     assert torch.equal(sums.topk(16).indices, found)
+
+
+def test_peer_takes_ties_as_the_form_did_but_no_expert_twice() -> None:
+    layer = layers_of("peer")[0]
+    weights, x = weights_of("peer", layer), tokens_of(layer, 3)
+    weights["keys"].zero_()
+    tied = torch.tensor([[40, 7]]).expand(3, 8, 2)
+    rows = torch.nn.functional.gelu(x @ weights["down"][[40, 7]].T) / 2 @ weights["up"][[40, 7]]
+    assert error(peer.reference(layer, weights, x, tied), 8 * rows) < 1e-13
+    twice = torch.tensor([[40, 40]]).expand(3, 8, 2)
+    assert torch.equal(peer.reference(layer, weights, x, twice), peer.reference(layer, weights, x))
 
 
 def test_peer_in_parts_of_a_batch_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
