@@ -29,6 +29,8 @@ from moebench.layer_forms.bank import (
     top_k,
 )
 
+BUILT = 16  # tokens whose matrices the reference builds at once
+
 
 def make_weights(
     layer: LayerSpec, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str
@@ -77,12 +79,12 @@ def reference(layer: LayerSpec, weights: Weights, x: Tensor, chosen: Tensor | No
     ids = settle(logits, layer.top_k, chosen)
     gates = torch.softmax(logits.gather(1, ids), 1)
     y = reference_mix(layer, x, ids, gates, list(weights["w_in"]), list(weights["w_down"]))
-    everyone = set(range(layer.routed_experts))
+    chosen_sum = torch.stack([weights["embeddings"][experts].sum(0) for experts in ids])
+    selection = weights["embeddings"].sum(0) - chosen_sum
+    z = (selection @ weights["process_in"].T).clamp(min=0) @ weights["process_out"].T
+    h = (z @ weights["trunk"].T + weights["layer_embedding"]).clamp(min=0)
     generated = []
-    for token, experts in zip(x, ids.tolist(), strict=True):
-        selection = weights["embeddings"][sorted(everyone - set(experts))].sum(0)
-        z = weights["process_out"] @ (weights["process_in"] @ selection).clamp(min=0)
-        h = (weights["trunk"] @ z + weights["layer_embedding"]).clamp(min=0)
-        inner, outer = (torch.tensordot(h, weights[name], 1) for name in ("generate_in", "generate_out"))
-        generated.append((inner @ token).clamp(min=0) @ outer)
-    return y + torch.stack(generated)
+    for rows, codes in zip(x.split(BUILT), h.split(BUILT), strict=True):
+        inner, outer = (torch.tensordot(codes, weights[name], 1) for name in ("generate_in", "generate_out"))
+        generated.append(torch.einsum("tb,tbd->td", torch.einsum("tbd,td->tb", inner, rows).clamp(min=0), outer))
+    return y + torch.cat(generated)

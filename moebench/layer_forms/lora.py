@@ -52,8 +52,8 @@ def reference(layer: LayerSpec, weights: Weights, x: Tensor, chosen: Tensor | No
         w = torch.softmax(rows @ weights[f"router_{name}"].T, 1)
         y = rows @ weights[f"frozen_{name}"].T
         for expert in range(layer.routed_experts):
-            low = weights[f"b_{name}"][expert] @ weights[f"a_{name}"][expert]
-            y = y + SCALE * w[:, expert : expert + 1] * (rows @ low.T)
+            low = (rows @ weights[f"a_{name}"][expert].T) @ weights[f"b_{name}"][expert].T
+            y = y + SCALE * w[:, expert : expert + 1] * low
         return y
 
     rows = torch.cat([linear(name, x) for name in lora_maps(layer) if name != "down"], dim=1)

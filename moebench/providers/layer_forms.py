@@ -14,7 +14,6 @@ from torch import Tensor
 
 from moebench.catalogue.layer_forms import attention_heads, form_fault, form_work, moh_work
 from moebench.catalogue.spec import LayerSpec
-from moebench.catalogue.support import BUILT_ACTIVATIONS
 from moebench.layer_forms import bank, depths, hetero, hyper, lora, moh, multihead, peer, smear
 from moebench.point import DROPLESS, PLAIN_PRECISIONS
 from moebench.providers.base import Case, source_digest
@@ -71,8 +70,6 @@ class LayerForm:
             return f"{self.name} takes precisions {', '.join(PLAIN_PRECISIONS)}, not {case.precision}"
         if case.capacity.factor != DROPLESS:
             return f"{self.name} knows no capacity; only {DROPLESS!r} can be run"
-        if case.layer.activation not in BUILT_ACTIVATIONS:
-            return f"{self.name} does not compute activation {case.layer.activation!r}"
         return form_fault(self.name, case.layer)
 
     def prepare(self, weights: Weights, case: Case) -> FormState:
