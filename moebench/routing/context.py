@@ -58,7 +58,7 @@ def context_logits(spec: RouterSpec, x: Tensor, gate: Mapping[str, Tensor], side
 def mixer(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
     """MixER (arXiv 2502.05335): the expert of the largest logit, weight 1; no gradient, since the gate is fitted."""
     expect_picks(spec, top_k, 1)
-    ids = scores.logits.argmax(dim=1, keepdim=True)
+    ids = largest(scores.logits, 1)
     return top_k_routing(ids, torch.ones(ids.shape).to(scores.logits), scores.logits.shape[1], scores.logits)
 
 

@@ -222,7 +222,6 @@ def families(E: int = 5, each: int = 20, seed: int = 0) -> tuple[Tensor, Tensor,
 @pytest.mark.parametrize("seed", range(4))
 def test_a_fitted_gate_sends_each_family_to_the_expert_that_knows_it(seed: int, bias: bool) -> None:
     contexts, losses, owner = families(seed=seed)
-    losses[:8] = 50.0 - losses[:8]  # a few contexts mislead; a median does not follow them
     fitted = context.fit_context_gate(contexts, losses, bias=bias)
     assert torch.equal(fitted.experts, owner)
     assert (fitted.logit_bias is not None) == bias
@@ -230,6 +229,32 @@ def test_a_fitted_gate_sends_each_family_to_the_expert_that_knows_it(seed: int, 
     spec = RouterSpec("mixer", logit_bias=bias)
     scores = context.context_logits(spec, contexts, gate, Side(context=contexts))
     assert torch.equal(context.mixer(scores, spec, 1).ids[:, 0], owner)
+
+
+# Losses of expert 0 in the first cluster; of expert 1 there; of both in the second: 6. By the mean, the smallest or, of
+# an even number, the lower or the upper middle loss, one of these would be matched the other way round.
+@pytest.mark.parametrize(
+    ("zeroth", "first", "matched"),
+    [([0, 0, 9, 9, 9], 6, 1), ([0, 0, 9, 9], 5, 0), ([0, 0, 9, 9], 4, 1), ([9, 1, 1, 1, 9], 3, 0)],
+)
+def test_clusters_are_matched_by_median_loss(zeroth: list[float], first: float, matched: int) -> None:
+    N = len(zeroth)
+    contexts = torch.tensor([[1.0, 0.0]] * N + [[0.0, 1.0]] * N, dtype=torch.float64)
+    losses = torch.full((2 * N, 2), 6.0, dtype=torch.float64)
+    losses[:N, 0], losses[:N, 1] = torch.tensor(zeroth, dtype=torch.float64), first
+    assert context.fit_context_gate(contexts, losses).experts.tolist() == [matched] * N + [1 - matched] * N
+
+
+def test_only_a_bias_tells_families_on_one_ray_apart() -> None:
+    contexts = torch.tensor([[1.0]] * 5 + [[3.0]] * 5, dtype=torch.float64)
+    losses = torch.ones(10, 2, dtype=torch.float64)
+    losses[:5, 1] = losses[5:, 0] = 0.0
+    fitted = context.fit_context_gate(contexts, losses, bias=True)
+    assert fitted.logit_bias is not None
+    chosen = (contexts @ fitted.router.T + fitted.logit_bias).argmax(dim=1)
+    assert chosen.tolist() == fitted.experts.tolist() == [1] * 5 + [0] * 5
+    without = context.fit_context_gate(contexts, losses)
+    assert len(set((contexts @ without.router.T).argmax(dim=1).tolist())) == 1
 
 
 def test_the_fit_is_least_squares() -> None:
