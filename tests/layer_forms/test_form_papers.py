@@ -18,9 +18,6 @@ from moebench.layer_forms import depths, hetero, hyper, lora, moh, multihead, pe
 LAYER = LayerSpec(32, 16, 8, 2)
 
 
-# SMEAR
-
-
 def one_hot(layer: LayerSpec, x: Tensor, expert: int) -> Tensor:
     """A router that gives this expert all of the mean token."""
     router = torch.zeros(layer.routed_experts, layer.hidden_size, dtype=x.dtype)
@@ -71,9 +68,6 @@ def test_smear_leaves_experts_out_in_training() -> None:
         smear.forward(LAYER, weights, x, dropout=0.1)
 
 
-# Mixture-of-Depths
-
-
 @pytest.mark.parametrize(("tokens", "computed"), [(1, 1), (4, 1), (8, 1), (12, 2), (20, 2), (64, 8), (1000, 125)])
 def test_depths_in_training_change_exactly_c_tokens(tokens: int, computed: int) -> None:
     layer = replace(LAYER, router=TRAINING)
@@ -105,9 +99,6 @@ def test_depths_take_a_prediction_a_rounding_from_zero_as_the_form_did() -> None
     with_it = torch.cat([depths.choices(layer, weights, x), torch.tensor([4])])
     assert not torch.equal(depths.reference(layer, weights, x, with_it)[4], x[4])
     assert torch.equal(depths.reference(layer, weights, x)[4], x[4])
-
-
-# MoH
 
 
 def attention(x: Tensor, weights: dict[str, Tensor], heads: int) -> list[Tensor]:
@@ -148,9 +139,6 @@ def test_moh_weighs_every_head_by_its_softmaxes() -> None:
         for head in best:
             y[t] += a[1] * K * p[head] / p[best].sum() * parts[S + head][t]
     assert error(moh.forward(layer, weights, x), y) < 1e-13
-
-
-# PEER
 
 
 @pytest.mark.parametrize("layer", layers_of("peer"))
@@ -208,9 +196,6 @@ def test_peer_in_parts_of_a_batch_is_the_same(monkeypatch: pytest.MonkeyPatch) -
     assert torch.allclose(peer.forward(layer, weights, x), whole, rtol=1e-13, atol=1e-15)
 
 
-# HyperMoE
-
-
 @pytest.mark.parametrize("silenced", ["generate_in", "generate_out"])
 def test_hyper_without_its_hypernetwork_is_a_plain_moe(silenced: str) -> None:
     for layer in layers_of("hyper-moe"):
@@ -231,9 +216,6 @@ def test_hyper_hears_the_experts_not_chosen_and_them_alone() -> None:
         assert torch.allclose(hyper.forward(LAYER, moved, x), before, rtol=1e-12) == (expert in chosen)
 
 
-# MH-MoE
-
-
 def test_multihead_of_one_head_is_a_plain_moe() -> None:
     x, draw = tokens_of(LAYER, 30), weights_of("hyper-moe", LAYER)
     bank = {name: draw[name] for name in ("router", "w_in", "w_down")}
@@ -247,9 +229,6 @@ def test_multihead_routes_every_part_of_a_token() -> None:
     bank = [weights[name] for name in ("router", "w_in", "w_down")]
     out = torch.cat([plain_moe(LAYER, part, *bank) for part in parts], dim=1)
     assert error(multihead.forward(LAYER, weights, x), out @ weights["merge"].T) < 1e-13
-
-
-# LoRAMoE
 
 
 def test_lora_without_b_is_the_frozen_ffn() -> None:
@@ -270,9 +249,6 @@ def test_lora_of_one_expert_merges_into_its_maps() -> None:
     full = {n: weights[f"frozen_{n}"] + 8 * weights[f"b_{n}"][0] @ weights[f"a_{n}"][0] for n in ("gate", "up", "down")}
     merged = oracle.ffn(layer, x, torch.cat([full["gate"], full["up"]]), full["down"])
     assert error(lora.forward(layer, weights, x), merged) < 1e-13
-
-
-# HMoE
 
 
 def test_hetero_of_equal_widths_is_a_plain_moe() -> None:
