@@ -95,8 +95,8 @@ def gumbel_top2(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
 def noisy_topk(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
     """Shazeer 2017 (arXiv 1701.06538, eq. 3-5), and with a tanh network's logits LLaMA-MoE (arXiv 2406.16554).
 
-    Noise [T, E] and noise_logits [T, E] in training. Both papers' released code adds 0.01 to the standard deviation,
-    which the equations have not; it is left out here.
+    Noise [T, E] and noise_logits [T, E] in training. LLaMA-MoE's released code adds 0.01 to the standard deviation,
+    which the equation has not; it is left out here.
     """
     h = finite(scores.logits)
     if spec.training:
