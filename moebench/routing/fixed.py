@@ -28,7 +28,7 @@ def frozen(spec: RouterSpec, x: Tensor, gate: Mapping[str, Tensor], side: Side) 
 
 
 def hashed(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
-    """Hash layers (arXiv 2106.04426, section 3.1; with K hash functions section 3.2, here on the whole expert).
+    """Hash layers (arXiv 2106.04426); with several picks each is a whole expert, where the paper slices experts.
 
     Raises:
         ValueError: a token id outside the table, or a table that does not name K distinct experts a row.
@@ -50,7 +50,7 @@ def hashed_sqrt_softplus(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
 
 
 def domain_random(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
-    """PanGu-Sigma's random routed experts (arXiv 2303.10845, section 3.2): spec.groups domains.
+    """PanGu-Sigma's random routed experts (arXiv 2303.10845): spec.groups domains.
 
     Raises:
         ValueError: as for `hashed`; a domain outside 0 to G - 1; groups that do not divide E.

@@ -107,7 +107,7 @@ def noisy_topk(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
 
 
 def noisy_softmax_topk(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
-    """V-MoE (arXiv 2106.05974, section 2.2): standard deviation 1/E on the logits. Noise [T, E] in training."""
+    """V-MoE (arXiv 2106.05974): standard deviation 1/E on the logits. Noise [T, E] in training."""
     h = finite(scores.logits)
     E = h.shape[1]
     if spec.training:

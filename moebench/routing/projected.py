@@ -24,7 +24,7 @@ LARGEST_SCALE = 100.0
 
 
 def cosine(spec: RouterSpec, x: Tensor, gate: Mapping[str, Tensor], side: Side) -> Scores:
-    """Swin-MoE's gate (Tutel, arXiv 2206.03382, section 4.3), whose released projection also has a bias.
+    """Swin-MoE's gate (Tutel, arXiv 2206.03382), whose released projection also has a bias.
 
     Args:
         x: [T, D].
@@ -35,7 +35,7 @@ def cosine(spec: RouterSpec, x: Tensor, gate: Mapping[str, Tensor], side: Side) 
 
 
 def attention(spec: RouterSpec, x: Tensor, gate: Mapping[str, Tensor], side: Side) -> Scores:
-    """Yuan 2.0-M32's attention router (arXiv 2405.17976, section 2.2): E queries, keys and values of width 1, unscaled.
+    """Yuan 2.0-M32's attention router (arXiv 2405.17976): E queries, keys and values of width 1, unscaled.
 
     Args:
         x: [T, D].
