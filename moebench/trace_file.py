@@ -33,17 +33,12 @@ from safetensors.numpy import save_file
 FORMAT = "moebench-trace"
 VERSION = "1"
 NAMES = ("experts", "weights", "tokens", "positions", "domains", "texts")
-MAX_BYTES = 64 * 2**30
-MAX_EXPERTS = 2**20
-MAX_TOP_K = 1024
-MAX_LAYERS = 4096
-MAX_LAYER = 10**6
-MAX_DOMAINS = 2**16
+MAX_BYTES, MAX_TEXTS_BYTES = 64 * 2**30, 64 * 2**20
+MAX_EXPERTS, MAX_TOP_K, MAX_LAYERS, MAX_LAYER, MAX_DOMAINS = 2**20, 1024, 4096, 10**6, 2**16
 MAX_NAME = 200
 MAX_TEXT = 64
-MAX_TEXTS_BYTES = 64 * 2**20
 WEIGHTS_ON = ("output", "input")
-_SAFETENSORS = {"uint8": "U8", "uint16": "U16", "int32": "I32", "float16": "F16", "float32": "F32"}
+_DTYPES = {"U8": "uint8", "U16": "uint16", "I32": "int32", "F16": "float16", "F32": "float32"}
 
 Array = NDArray[Any]
 
@@ -106,7 +101,7 @@ def write_trace(path: Path, trace: Trace) -> Path:
     Raises:
         ValueError: the trace is not one that `read_trace` would take, in one line.
     """
-    facts = json.dumps(asdict(trace.facts), ensure_ascii=True)
+    facts = json.dumps(asdict(trace.facts))
     arrays = _arrays(trace)
     _check_facts(asdict(trace.facts), path)
     _check_layout(trace.facts, {name: (a.dtype.name, a.shape) for name, a in arrays.items()}, path)
@@ -126,11 +121,7 @@ def write_trace(path: Path, trace: Trace) -> Path:
 
 
 def read_facts(path: Path) -> Facts:
-    """Only what the file says of itself: a few kilobytes are read, the arrays are not checked.
-
-    Raises:
-        ValueError: not a trace of this version, or its facts are wrong, in one line.
-    """
+    """Only what the file says of itself; its arrays are neither read nor checked. ValueError as of `read_trace`."""
     with _opened(path) as file:
         return _facts(file.metadata(), path)[0]
 
@@ -147,10 +138,7 @@ def read_trace(path: Path) -> Trace:
         facts, text = _facts(metadata, path)
         if set(file.keys()) != set(NAMES):
             raise ValueError(f"{path}: a trace holds the arrays {', '.join(NAMES)} and no others")
-        found = {name: file.get_slice(name) for name in NAMES}
-        dtypes = {code: dtype for dtype, code in _SAFETENSORS.items()}
-        layout = {n: (dtypes.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape())) for n, s in found.items()}
-        _check_layout(facts, layout, path)
+        _check_layout(facts, {name: _declared(file.get_slice(name)) for name in NAMES}, path)
         arrays = {name: file.get_tensor(name) for name in NAMES}
     if _checksum(text, arrays) != metadata.get("checksum"):
         raise ValueError(f"{path}: damaged: its checksum does not fit its contents; record it again")
@@ -173,11 +161,8 @@ def _opened(path: Path) -> Iterator[Any]:
         file: Any = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a trace, or damaged: {one_line(error)}") from None
-    try:
-        with file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged: {one_line(error)}") from None
+    with file:
+        yield file
 
 
 def _facts(metadata: Mapping[str, str] | None, path: Path) -> tuple[Facts, str]:
@@ -227,6 +212,11 @@ def _is_whole(value: Any, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
+def _declared(array: Any) -> tuple[str, tuple[int, ...]]:
+    code = array.get_dtype()
+    return _DTYPES.get(code, code), tuple(array.get_shape())
+
+
 def _check_layout(facts: Facts, found: Mapping[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
     shape = found["tokens"][1]
     if len(shape) != 1 or not 1 <= shape[0] < 2**31:
@@ -243,13 +233,10 @@ def _check_layout(facts: Facts, found: Mapping[str, tuple[str, tuple[int, ...]]]
     }
     for name, (dtype, size) in expected.items():
         if found[name] != (dtype, size):
-            raise ValueError(f"{path}: its {name} are {_kind(*found[name])}; allowed: {_kind(dtype, size)}")
+            declared, shape = found[name]
+            raise ValueError(f"{path}: its {name} are {declared} {list(shape)}; allowed: {dtype} {list(size)}")
     if found["texts"][1][0] > MAX_TEXTS_BYTES:
         raise ValueError(f"{path}: its texts are longer than {MAX_TEXTS_BYTES} bytes")
-
-
-def _kind(dtype: str, shape: tuple[int, ...]) -> str:
-    return f"{dtype} {list(shape)}"
 
 
 def _check_values(trace: Trace, path: Path) -> None:
@@ -291,12 +278,13 @@ def _texts(raw: Array, path: Path) -> dict[int, str]:
         found = json.loads(raw.tobytes())
     except (ValueError, RecursionError):
         raise wrong from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(_is_text(*each) for each in found.items()):
         raise wrong
-    for token, text in found.items():
-        if not re.fullmatch(r"[0-9]{1,10}", token) or not isinstance(text, str) or len(text) > MAX_TEXT:
-            raise wrong
     return {int(token): text for token, text in found.items()}
+
+
+def _is_text(token: str, text: Any) -> bool:
+    return bool(re.fullmatch(r"[0-9]{1,10}", token)) and isinstance(text, str) and len(text) <= MAX_TEXT
 
 
 def _checksum(facts: str, arrays: Mapping[str, Array]) -> str:

@@ -114,21 +114,24 @@ def _load(folder: Path, device: str) -> Any:
             raise ValueError(f"{folder}: has no {pattern}; a checkpoint needs config.json and safetensors files")
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: there is no CUDA GPU here")
-    from transformers import AutoConfig, AutoModel
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
     local = {"local_files_only": True, "trust_remote_code": False}
     with _one_line_of(f"{folder}: cannot be loaded", device):
         config = AutoConfig.from_pretrained(folder, **local)
     _refuse(config)
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
     with _one_line_of(f"{folder}: cannot be loaded", device):
-        model, report = AutoModel.from_pretrained(
+        model, report = auto.from_pretrained(
             folder, config=config, use_safetensors=True, output_loading_info=True, **local
         )
-        model = model.eval().to(device)
+        body = model.base_model.eval().to(device)  # the head would make logits that nobody reads
     # Weights that the files do not hold would be random, and so would the routing.
-    if missing := sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])}):
+    prefix = "" if body is model else f"{model.base_model_prefix}."
+    wrong = [*report["missing_keys"], *(str(each[0]) for each in report["mismatched_keys"])]
+    if missing := sorted(name for name in wrong if name.startswith(prefix)):
         raise ValueError(f"{folder}: its files lack weights: {', '.join(missing[:3])}{', …' if missing[3:] else ''}")
-    return model
+    return body
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from moebench.cli_trace import trace
 from moebench.trace_file import Facts, Trace, expert_dtype
 
 E, K, VOCABULARY = 8, 2, 256
-STEPS, BATCH, LENGTH = 100, 16, 48
+STEPS, BATCH, LENGTH = 200, 16, 48
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -123,8 +123,10 @@ def traced(*words: str) -> Any:
 
 
 def train(texts: list[bytes]) -> torch.nn.Module:
-    """Next-byte prediction for a few seconds, enough that bytes and domains prefer experts."""
-    model = tiny("olmoe", hidden_size=64, head_dim=16, intermediate_size=32).train()
+    """Next-byte prediction and load balance for a few seconds, enough that bytes and domains prefer experts."""
+    model = tiny(
+        "olmoe", hidden_size=64, head_dim=16, intermediate_size=32, output_router_logits=True, router_aux_loss_coef=0.02
+    ).train()
     streams = [torch.tensor(list(text)) for text in texts]
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
