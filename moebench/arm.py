@@ -22,7 +22,7 @@ from moebench.routing.logits import impose_logits
 from moebench.routing.scores import Side
 from moebench.routing.statistics import statistics
 from moebench.weights import Weights, make_weights, seed_of
-from moebench.workload import Draw, Inputs, can_impose, make_draw, make_inputs
+from moebench.workload import Draw, Inputs, can_impose, make_draws, make_inputs
 
 TWIN_TOKENS, TWIN_WIDTH, TWIN_FFN = 16, 64, 32
 
@@ -183,7 +183,7 @@ def twin(bench: Bench, precision: str) -> Bench:
     if can_impose(small) and not coupled(layer):
         draws = tuple(_twin_draw(draw, small, weights, tokens, index) for index, draw in enumerate(bench.draws))
     else:  # its choices are its own: of these hidden states, or of all tokens together
-        draws = tuple(make_draw(reduced, weights, index) for index in range(len(bench.draws)))
+        draws = make_draws(reduced, weights)
     return Bench(reduced, weights, draws)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from moebench import providers
 from moebench.catalogue.models import resolve_layer
@@ -30,6 +31,7 @@ from moebench.traffic import parse_traffic
 Value = int | float | str
 
 CUSTOM = "custom"
+ALLOWED_ROUTERS = "a name of `moebench list routers`, or path/to/file.py:function"
 ROUTER_MODES = ("inference", "training")
 MAX_WHOLE = 2**30
 MAX_SHOWN = 60
@@ -115,15 +117,23 @@ def read_router(value: object) -> Value:
     if isinstance(value, str) and is_file(value):
         _bounded(value, 1000)
         return value
-    return read_name(ROUTERS)(value)
+    if value not in ROUTERS:
+        hint = nearest(value, ROUTERS) if isinstance(value, str) else ""
+        raise ValueError(f"found {shown(value)}{hint} (allowed: {ALLOWED_ROUTERS})")
+    return str(value)
 
 
 def read_traffic(value: object) -> Value:
-    """A traffic pattern in its canonical spelling."""
+    """A traffic pattern in its canonical spelling; a trace must be a whole one."""
     if not isinstance(value, str):
         raise ValueError(f"found {shown(value)}; allowed: a traffic pattern such as 'zipf:1.2'")
     _bounded(value, 1000)
-    return str(parse_traffic(value))
+    traffic = parse_traffic(value)
+    if traffic.path is not None:
+        from moebench.trace_file import read_trace  # numpy is not needed by other suites
+
+        read_trace(Path(traffic.path).expanduser())
+    return str(traffic)
 
 
 def _bounded(text: str, most: int) -> None:

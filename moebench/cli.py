@@ -270,8 +270,17 @@ def describe(model: str, tokens: int, precision: str, as_json: bool) -> None:
 @click.option("--baseline", help="Provider or variant that ratios are taken against.")
 @click.option("--figures", type=click.Path(path_type=Path), metavar="DIR", help="Also write print figures (PDF, PNG).")
 @click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Also write a Markdown summary.")
+@click.option(
+    "--trace", "traces", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+    help="Also show a recorded trace (`moebench trace`). Repeatable.",
+)  # fmt: skip
 def report(
-    runs: tuple[Path, ...], out: Path | None, baseline: str | None, figures: Path | None, markdown: Path | None
+    runs: tuple[Path, ...],
+    out: Path | None,
+    baseline: str | None,
+    figures: Path | None,
+    markdown: Path | None,
+    traces: tuple[Path, ...],
 ) -> None:
     """Write the CAP report of one or more runs; needs neither torch nor a GPU.
 
@@ -279,10 +288,11 @@ def report(
     Examples:
       moebench report moebench-runs/quick-20260101-120000
       moebench report run1 run2 --out both.html --figures figures
+      moebench report run1 --trace mixtral.safetensors
     """
     from moebench.report.html import write_report
 
-    click.echo(write_report(runs, out or runs[0] / "report.html", baseline=baseline))
+    click.echo(write_report(runs, out or runs[0] / "report.html", baseline=baseline, traces=traces))
     if figures is not None:
         from moebench.report.figures import write_figures
 

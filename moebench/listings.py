@@ -32,7 +32,7 @@ def models() -> list[Row]:
 
 
 def _model(row: Row) -> Row:
-    state = row["reason"] or row["missing"] or ("alias of " + row["alias_of"] if row["alias_of"] else "ready")
+    state = row["reason"] or ("alias of " + row["alias_of"] if row["alias_of"] else "ready")
     return {
         **row,
         "experts": row["routed_experts"],

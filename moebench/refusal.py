@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
+
 from moebench.catalogue.routers import imposable, router_info
-from moebench.catalogue.support import missing
 from moebench.point import DROPLESS, QUANTISED_PRECISIONS, STAGES, Problem, Variant, base_precision
+from moebench.traffic import parse_traffic
 
 NEEDS_ROUTER = ("layer", "gate")
 # Imposed logits are z = W x. Near a square W some x are hundreds of times larger than z, and rounding them to 16 bits
@@ -13,11 +16,9 @@ WELL_CONDITIONED = 0.8
 
 
 def refusal(problem: Problem, variant: Variant) -> str | None:
-    """Why no provider can run this point, or None. A part that is not built is named, never replaced."""
+    """Why no provider can run this point, or None."""
     if variant.precision in QUANTISED_PRECISIONS and (cannot := _cannot_quantise(problem, variant)):
         return cannot
-    if reasons := missing(problem.layer):
-        return f"{problem.model}: {next(iter(reasons.values()))}"
     return _capacity(problem, variant) or _traffic(problem, variant)
 
 
@@ -43,11 +44,28 @@ def _traffic(problem: Problem, variant: Variant) -> str | None:
         return f"router {kind!r} chooses by token id; traffic balanced, uniform, zipf and router can be run"
     if info.form != "TopK" and not (own or imposable(problem.layer.router)):
         return f"router {kind!r} chooses no experts that traffic {problem.traffic!r} could ask for; use 'router'"
+    if problem.traffic.startswith("trace:") and (other := _of_another_layer(problem)):
+        return other
     if variant.scope not in NEEDS_ROUTER:
         return None
     if not (own or "token_ids" in info.side):
         return _cannot_impose(problem) or _cannot_hold(problem, variant)
     return _cannot_hold(problem, variant)
+
+
+@lru_cache(maxsize=64)
+def _of_another_layer(problem: Problem) -> str | None:
+    """Why the trace cannot be replayed on the layer."""
+    from moebench.trace_file import read_facts
+
+    traffic, layer = parse_traffic(problem.traffic), problem.layer
+    facts, experts = read_facts(Path(str(traffic.path)).expanduser()), layer.routed_experts + layer.router.zero_experts
+    if (facts.routed_experts, facts.top_k) != (experts, layer.top_k):
+        has = f"E={facts.routed_experts}, K={facts.top_k}"
+        return f"{traffic.path} was recorded with {has}; the layer has E={experts}, K={layer.top_k}"
+    if traffic.trace_layer is not None and traffic.trace_layer not in facts.layers:
+        return f"{traffic.path} holds layers {', '.join(map(str, facts.layers))[:100]}, not {traffic.trace_layer}"
+    return None
 
 
 def _cannot_quantise(problem: Problem, variant: Variant) -> str | None:

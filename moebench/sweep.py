@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from moebench.axes import AXES, Value, axis, shown, typed
+from moebench.catalogue.routers import is_file
+from moebench.point import DROPLESS
 from moebench.shape import NEEDED_BY_PLAIN, PLAIN
 from moebench.suite_file import MAX_FAULTS, SweepTable
 from moebench.where import Clause, parse_where
 
 OVERRIDE = "--set"
+OF_FILES = ("provider", "router")  # axes whose value may be a Python file's function
+CAPACITY_AXES = ("capacity_factor", "capacity_rounding")
 
 Values = Mapping[str, tuple[Value, ...]]
 
@@ -98,8 +102,18 @@ def read_sweep(
     rest: dict[str, tuple[Value, ...]] = {"seed": (seed,)} | _not_displaced(defaults, taken)
     choices += [_grid(f"{label}: defaults.{name}", name, values) for name, values in rest.items() if name not in taken]
     faults += [f"{label}: {fault}" for fault in _incomplete(_axes(choices))]
+    faults += [f"{label}: {fault}" for fault in _capacities(choices)]
     choices = [_joined(choice, joining) for choice in choices]
     return None if len(faults) > before else Sweep(label, table.device, table.where, clauses, tuple(choices))
+
+
+def _capacities(choices: Sequence[Choice]) -> list[str]:
+    """Factors that no rounding of the sweep takes."""
+    values = {name: {row[name] for each in choices if name in each.axes for row in each.rows} for name in CAPACITY_AXES}
+    if "tutel" in values["capacity_rounding"]:
+        return []
+    low = [factor for factor in values["capacity_factor"] if isinstance(factor, int | float) and factor <= 0]
+    return [f"capacity_factor: found {factor:g}; allowed: numbers > 0, or {DROPLESS!r}" for factor in sorted(low)]
 
 
 def _written(label: str, table: SweepTable, faults: list[str]) -> list[Choice]:
@@ -186,6 +200,9 @@ def _repeated(values: Iterable[Value]) -> list[Value]:
 def _one(key: str, name: str, value: Any, faults: list[str]) -> Value | None:
     """The value as its axis reads it; None where that is a fault, or there are more faults than are shown."""
     if len(faults) > MAX_FAULTS:
+        return None
+    if isinstance(value, str) and is_file(value) and name in OF_FILES and not key.startswith(OVERRIDE):
+        faults.append(f"{key}: found {shown(value)}; a Python file is run only where the command line names it")
         return None
     try:
         return AXES[name].read(value)

@@ -24,7 +24,7 @@ from moebench.measure import ceilings, device, energy, latency, memory
 from moebench.point import DRAWS, QUANTISED_PRECISIONS, Problem, Variant, problem_from_json
 from moebench.providers.load import Unavailable, load
 from moebench.weights import Weights, make_weights, weight_bytes
-from moebench.workload import make_draw
+from moebench.workload import make_draws
 from moebench.yardsticks import Yardstick, make_yardstick
 
 
@@ -87,8 +87,7 @@ class Worker:
             if key not in self.weights:
                 self.weights[key] = make_weights(made.layer, precision, self.device, made.seed)
             weights = self.weights[key]
-            draws = tuple(make_draw(made, weights, index) for index in range(DRAWS + 1))
-            self.benches[precision] = Bench(made, weights, draws)
+            self.benches[precision] = Bench(made, weights, make_draws(made, weights))
         return {}
 
     def arm(self, index: int, variant: dict[str, Any]) -> dict[str, Any]:

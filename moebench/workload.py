@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from moebench.catalogue.gate import CONTEXT_WIDTH
 from moebench.catalogue.routers import imposable, router_info
 from moebench.catalogue.spec import LayerSpec
-from moebench.point import Capacity, Problem, base_precision
+from moebench.point import DRAWS, Capacity, Problem, base_precision
 from moebench.routing.build import Demand, route_problem, token_ids, with_capacity
 from moebench.routing.forms import Mix, Ragged, Routing
 from moebench.routing.logits import impose_logits
@@ -117,6 +117,26 @@ class Draw:
     dense_x: Tensor | None = None
 
 
+def make_draws(problem: Problem, weights: Weights) -> tuple[Draw, ...]:
+    """The draws that rotate and the check's own; routings of any number of rows are padded to the largest of them."""
+    draws = [make_draw(problem, weights, index) for index in range(DRAWS + 1)]
+    rows = [len(draw.routing.token) for draw in draws if isinstance(draw.routing, Ragged)]
+    return tuple(replace(draw, routing=_padded(draw.routing, max(rows, default=0))) for draw in draws)
+
+
+def _padded(routing: Routing, rows: int) -> Routing:
+    """Static buffers hold one number of rows: what is missing goes to no expert."""
+    if not isinstance(routing, Ragged) or len(routing.token) == rows:
+        return routing
+    left = (rows - len(routing.token),)
+    return replace(
+        routing,
+        token=torch.cat([routing.token, routing.token.new_full(left, routing.tokens - 1)]),
+        expert=torch.cat([routing.expert, routing.expert.new_full(left, -1)]),
+        weight=torch.cat([routing.weight, routing.weight.new_zeros(left)]),
+    )
+
+
 def make_draw(problem: Problem, weights: Weights, index: int) -> Draw:
     """Hidden states and routing that agree with each other, on the CPU.
 
@@ -134,7 +154,8 @@ def make_draw(problem: Problem, weights: Weights, index: int) -> Draw:
     side = _draw_side(layer, traffic, problem.tokens, generator)
     dense_x = torch.randn(x.shape, generator=generator) if layer.shared_combine == "parallel" else None
     gate = {name: _on_host(value) for name, value in weights.whole_gate.items()}
-    routing = route_problem(Demand(layer, traffic, x, gate, side, seed_of(problem.seed, "routing", index), index))
+    seed = seed_of(problem.seed, "routing", index)
+    routing = route_problem(Demand(layer, traffic, x, gate, side, seed, problem.seed, index))
     if can_impose(layer) and routing.logits is not None:
         shift = gate.get("logit_bias", torch.zeros(()))
         x = impose_logits(x, gate["router"], routing.logits - shift).float()

@@ -12,6 +12,8 @@ GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_new": "gegl
 PLAIN = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu", "silu": "silu", "swish": "silu", "relu2": "relu2"}
 CLAMP = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}  # clamped_swiglu has these, and no other
 
+ROUTED_LIMIT = ("hy_v4", "hy_v4_vl_text")
+
 
 def layer_of(family: Family, values: Values, hidden_size: int) -> LayerSpec:
     """The MoE layer a config.json describes, by the rules its family's row names.
@@ -25,6 +27,8 @@ def layer_of(family: Family, values: Values, hidden_size: int) -> LayerSpec:
     if top_k > experts:
         raise values.fault(picks, top_k, f"at most the {experts} experts ({family.experts.split('|')[0]})")
     activation, limit = _activation(family, values)
+    # Hy V4 clamps its routed experts only.
+    unlimited = "swiglu" if limit is not None and family.model_type in ROUTED_LIMIT else None
     count, width, combine = _shared(family, values)
     return LayerSpec(
         hidden_size=hidden_size,
@@ -38,6 +42,7 @@ def layer_of(family: Family, values: Values, hidden_size: int) -> LayerSpec:
         shared_experts=count,
         shared_ffn_size=width,
         shared_combine=combine,
+        shared_activation=unlimited if count else None,
     )
 
 

@@ -9,7 +9,6 @@ from moebench.catalogue.huggingface import read_config
 from moebench.catalogue.models import model, models, resolve_layer
 from moebench.catalogue.routers import ROUTERS
 from moebench.catalogue.spec import LayerSpec, ModelSpec, MoELayers
-from moebench.catalogue.support import missing
 from moebench.point import Problem, Variant
 from moebench.work import BYTES_PER_WEIGHT, expected_active, point_work
 
@@ -20,14 +19,10 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 MEMORY_PRECISIONS = ("fp32", "bf16", "fp8", "int4")
-NEVER_RUNS = ("activation", "expert_bias")  # what is missing here is missing in every scope with experts
 
 
 def list_models() -> list[Row]:
-    """One row for each MoE layer kind of each model, the undisclosed ones with the reason.
-
-    `runnable`: whether at least scope `experts` can run; `missing`: what is not built of the rest.
-    """
+    """One row for each MoE layer kind of each model; `reason` says why the undisclosed ones are not runnable."""
     return [row for spec in models().values() for row in _listed(spec)]
 
 
@@ -123,13 +118,7 @@ def _either(name: str, computed: int | None, published: float | None) -> Row:
 
 
 def _runs(spec: ModelSpec, kind: MoELayers | None) -> Row:
-    absent = missing(kind.layer) if kind else {}
-    return {
-        "runnable": kind is not None and not any(part in absent for part in NEVER_RUNS),
-        "reason": spec.unavailable,
-        "missing": "; ".join(absent.values()) or None,
-        "alias_of": spec.alias_of,
-    }
+    return {"runnable": kind is not None, "reason": spec.unavailable, "alias_of": spec.alias_of}
 
 
 def _head(spec: ModelSpec, kind: MoELayers | None) -> Row:
@@ -155,6 +144,7 @@ def _shape(layer: LayerSpec) -> Row:
         "routed_experts": layer.routed_experts,
         "top_k": layer.top_k,
         "activation": layer.activation,
+        "activation_limit": layer.activation_limit,
         "gated": layer.gated,
         "expert_bias": layer.expert_bias,
         "router": router.kind,
@@ -164,6 +154,7 @@ def _shape(layer: LayerSpec) -> Row:
         "groups": router.groups,
         "topk_groups": router.topk_groups,
         "logit_bias": router.logit_bias,
+        "zero_experts": router.zero_experts,
         "shared_experts": layer.shared_experts,
         "shared_ffn_size": layer.shared_ffn_size,
         "shared_combine": layer.shared_combine,

@@ -159,8 +159,9 @@ ROUTERS: dict[str, RouterInfo] = {
         "Phi-3.5-MoE (SparseMixer-v2), arXiv 2409.12136", "noisy:sparsemixer", picks=2, noise=True,
     ),
     "locality_bias": RouterInfo(
-        "top-k of softmax(z + bias) where experts of the token's own node have a positive bias",
-        "LocMoE, arXiv 2401.13920", "context:locality_bias", balance="auxiliary and locality losses",
+        "top-k of z + 1 for the experts of the token's own node; weights softmax(z)",
+        "after LocMoE, arXiv 2401.13920, which trains it in by a loss", "context:locality_bias",
+        balance="auxiliary and locality losses",
         imposable=False, side=("domains",), defaults={"groups": 4},
     ),
     # Token choice: other gates.

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moebench.catalogue.routers import router_info
-from moebench.catalogue.spec import LayerSpec
-from moebench.catalogue.support import BUILT_ACTIVATIONS
+from moebench.catalogue.spec import ACTIVATIONS, LayerSpec
 from moebench.point import PLAIN_PRECISIONS, STAGES, Capacity
 from moebench.routing.build import with_capacity
 from moebench.routing.capacity import capacity_slots
@@ -163,7 +162,7 @@ class ExpertsProvider:
     flops_executed: Callable[[Case, Tensor], float | None] | None = None
     accepts_drops: bool = True
     plain: bool = False
-    activations: tuple[str, ...] = BUILT_ACTIVATIONS
+    activations: tuple[str, ...] = ACTIVATIONS
     precisions: tuple[str, ...] = PLAIN_PRECISIONS
     forms: tuple[str, ...] = FORMS
     biases: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moebench.catalogue.support import BUILT_ACTIVATIONS
+from moebench.catalogue.spec import ACTIVATIONS
 from moebench.providers import torch_grouped
 from moebench.providers.base import Case, activate
 from moebench.providers.peers import Call, PaddedPlan, padded_plan, padded_rows, peer, peer_provider, require_capability
@@ -53,7 +53,7 @@ PROVIDER = peer_provider(
     "deepgemm",
     ready,
     precisions=("bf16",),
-    activations=BUILT_ACTIVATIONS,
+    activations=ACTIVATIONS,
     multiple_of=64,
     flops_executed=rows_executed,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moebench.catalogue.support import BUILT_ACTIVATIONS
+from moebench.catalogue.spec import ACTIVATIONS
 from moebench.providers.base import Case, activate
 from moebench.providers.peers import Call, peer, peer_provider
 
@@ -26,5 +26,5 @@ def ready(w_gate_up: Tensor, w_down: Tensor, case: Case) -> Call:
 
 
 PROVIDER = peer_provider(
-    "moe-ops", ready, directions=("forward", "forward_backward"), activations=BUILT_ACTIVATIONS, multiple_of=8
+    "moe-ops", ready, directions=("forward", "forward_backward"), activations=ACTIVATIONS, multiple_of=8
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moebench.catalogue.support import BUILT_ACTIVATIONS
+from moebench.catalogue.spec import ACTIVATIONS
 from moebench.providers.base import Case, activate
 from moebench.providers.peers import Call, peer, peer_provider
 
@@ -35,4 +35,4 @@ def ready(w_gate_up: Tensor, w_down: Tensor, case: Case) -> Call:
     return call
 
 
-PROVIDER = peer_provider("scattermoe", ready, directions=("forward", "forward_backward"), activations=BUILT_ACTIVATIONS)
+PROVIDER = peer_provider("scattermoe", ready, directions=("forward", "forward_backward"), activations=ACTIVATIONS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moebench.catalogue.support import BUILT_ACTIVATIONS
+from moebench.catalogue.spec import ACTIVATIONS
 from moebench.providers import torch_grouped
 from moebench.providers.base import Case, activate
 from moebench.providers.peers import Call, padded_plan, padded_rows, peer, peer_provider, require_capability
@@ -47,7 +47,7 @@ PROVIDER = peer_provider(
     ready,
     precisions=("fp8:row",),
     directions=("forward", "forward_backward"),
-    activations=BUILT_ACTIVATIONS,
+    activations=ACTIVATIONS,
     multiple_of=16,
     flops_executed=rows_executed,
 )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebench.catalogue.support import BUILT_ACTIVATIONS
+from moebench.catalogue.spec import ACTIVATIONS
 from moebench.providers.base import Case, activate
 from moebench.providers.peers import Call, peer, peer_provider
 
@@ -41,4 +41,4 @@ def grouped_linear(linear: Any, weights: Tensor) -> Any:
     return module
 
 
-PROVIDER = peer_provider("transformer-engine", ready, activations=BUILT_ACTIVATIONS, multiple_of=16)
+PROVIDER = peer_provider("transformer-engine", ready, activations=ACTIVATIONS, multiple_of=16)

@@ -140,7 +140,6 @@ class TritonProvider(StagedProvider):
         return source_digest(plan, self.version, *(file.read_text() for file in files))
 
 
-ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", "relu", "gelu", "silu")  # of the kernels
 STAGES = Stages(
     gate=gate,
     plan=plan,
@@ -153,6 +152,6 @@ STAGES = Stages(
 )
 PROVIDER = TritonProvider(
     "triton", plan, version=why.partition(",")[0].partition(" on ")[0], stages=STAGES, limits=limits,
-    precisions=PRECISIONS, biases=True, activations=ACTIVATIONS,
+    precisions=PRECISIONS, biases=True, activations=kernels.ACTIVATIONS,
     interpreted_on=("cpu",) if kernels.interpreting() else (),
 )  # fmt: skip

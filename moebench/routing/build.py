@@ -30,7 +30,8 @@ class Demand:
         x: float32 [T, D], before any choice is imposed on it.
         gate: the gate's weights by name, float32.
         side: what else the router looks at.
-        seed: of everything random here.
+        seed: of everything random in this draw.
+        trace_seed: where a trace's windows start, the same for all draws.
         draw: which of the rotating draws it is; a trace gives each another window.
     """
 
@@ -40,6 +41,7 @@ class Demand:
     gate: Mapping[str, Tensor]
     side: Side
     seed: int
+    trace_seed: int = 0
     draw: int = 0
 
 
@@ -68,7 +70,8 @@ def _chosen(demand: Demand) -> tuple[Tensor, Tensor]:
 
         assert demand.traffic.path is not None
         at = demand.traffic.trace_layer
-        return replay(demand.traffic.path, at, tokens, demand.draw, demand.seed, layer.top_k, layer.routed_experts)
+        experts = layer.routed_experts + layer.router.zero_experts
+        return replay(demand.traffic.path, at, tokens, demand.draw, demand.trace_seed, layer.top_k, experts)
     generator = torch.Generator().manual_seed(demand.seed)
     choices = layer.routed_experts + layer.router.zero_experts
     grouped = (layer.router.groups, layer.router.topk_groups) if imposable(layer.router) else (1, 1)

@@ -5,7 +5,7 @@
     hashed_sqrt_softplus  experts table[token id], weights sqrt(softplus(z)) of those
     domain_random         expert domain n + table[token id] mod n, n = E / G experts a domain, weight 1
 
-Tables and token ids are checked each time; a CUDA graph cannot wait for that, so it relies on the run before capture.
+Tables and token ids are checked where a routing is made (`check_lookup`), not in the rules, which are timed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from moebench.catalogue.routers import router_info
 from moebench.catalogue.spec import RouterSpec
 from moebench.routing.forms import TopK, top_k_routing
 from moebench.routing.noisy import expect_picks, needed
@@ -28,37 +29,25 @@ def frozen(spec: RouterSpec, x: Tensor, gate: Mapping[str, Tensor], side: Side) 
 
 
 def hashed(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
-    """Hash layers (arXiv 2106.04426); with several picks each is a whole expert, where the paper slices experts.
-
-    Raises:
-        ValueError: a token id outside the table, or a table that does not name K distinct experts a row.
-    """
+    """Hash layers (arXiv 2106.04426); with several picks each is a whole expert, where the paper slices experts."""
     E = scores.logits.shape[1]
-    ids = _looked_up(scores, spec, top_k)
+    ids = _looked_up(scores, spec)
     return top_k_routing(ids, torch.full(ids.shape, 1 / top_k).to(scores.logits), E)
 
 
 def hashed_sqrt_softplus(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
-    """DeepSeek-V4's first layers: the table chooses, the gate weighs.
-
-    Raises:
-        ValueError: as for `hashed`.
-    """
-    ids = _looked_up(scores, spec, top_k)
+    """DeepSeek-V4's first layers: the table chooses, the gate weighs."""
+    ids = _looked_up(scores, spec)
     weights = renormalised(sqrt_softplus(scores.logits.gather(1, ids)), spec)
     return top_k_routing(ids, weights, scores.logits.shape[1], scores.logits)
 
 
 def domain_random(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
-    """PanGu-Sigma's random routed experts (arXiv 2303.10845): spec.groups domains.
-
-    Raises:
-        ValueError: as for `hashed`; a domain outside 0 to G - 1; groups that do not divide E.
-    """
+    """PanGu-Sigma's random routed experts (arXiv 2303.10845): spec.groups domains."""
     expect_picks(spec, top_k, 1)
     E = scores.logits.shape[1]
     n = group_size(spec, E)
-    ids = domains(scores, spec).unsqueeze(1) * n + _looked_up(scores, spec, 1) % n
+    ids = domains(scores, spec).unsqueeze(1) * n + _looked_up(scores, spec) % n
     return top_k_routing(ids, torch.ones(ids.shape).to(scores.logits), E)
 
 
@@ -95,20 +84,29 @@ def group_size(spec: RouterSpec, routed_experts: int) -> int:
     return routed_experts // spec.groups
 
 
-def domains(scores: Scores, spec: RouterSpec) -> Tensor:
-    """The domain (or node) of each token, int64 [T].
+def check_lookup(scores: Scores, spec: RouterSpec, top_k: int) -> None:
+    """Everything a router of tables or domains relies on; waits for the device, so `route` asks it and rules do not.
 
     Raises:
-        ValueError: none given, a wrong shape, or one outside 0 to G - 1.
+        ValueError: no table, token ids or domains where the router needs them; a wrong shape or dtype; a token id
+            outside the table; a table that does not name K distinct experts of 0 to E - 1 in each row; a domain
+            outside 0 to G - 1; groups that do not divide E. One line.
     """
+    wants = router_info(spec.kind).side
+    if "domains" in wants:
+        _check_domains(scores, spec)
+    if "token_ids" in wants:
+        _check_table(scores, spec, top_k)
+
+
+def _check_domains(scores: Scores, spec: RouterSpec) -> None:
+    group_size(spec, scores.logits.shape[1])
     found = needed(spec, "domains", scores.side.domains)
     _expect_length(spec, "domains", found, scores)
     _refuse(_outside(found, spec.groups), f"router {spec.kind!r}: a domain is not among 0 to {spec.groups - 1}")
-    return found
 
 
-def _looked_up(scores: Scores, spec: RouterSpec, top_k: int) -> Tensor:
-    """table[token id], int64 [T, K]."""
+def _check_table(scores: Scores, spec: RouterSpec, top_k: int) -> None:
     table, tokens = needed(spec, "table", scores.table), needed(spec, "token_ids", scores.side.token_ids)
     E, kind = scores.logits.shape[1], spec.kind
     _expect_length(spec, "token_ids", tokens, scores)
@@ -116,9 +114,18 @@ def _looked_up(scores: Scores, spec: RouterSpec, top_k: int) -> Tensor:
         raise ValueError(f"router {kind!r}: a table {table.dtype} {list(table.shape)}; expected int64 [V, {top_k}]")
     _refuse(_outside(table, E), f"router {kind!r}: the table names an expert that is not among 0 to {E - 1}")
     _refuse(_outside(tokens, len(table)), f"router {kind!r}: a token id is not among the table's 0 to {len(table) - 1}")
-    ids = table[tokens]
-    _refuse(ids.sort(dim=1).values.diff(dim=1) == 0, f"router {kind!r}: a row of the table names an expert twice")
-    return ids
+    twice = table.sort(dim=1).values.diff(dim=1) == 0
+    _refuse(twice, f"router {kind!r}: a row of the table names an expert twice")
+
+
+def domains(scores: Scores, spec: RouterSpec) -> Tensor:
+    """The domain (or node) of each token, int64 [T]."""
+    return needed(spec, "domains", scores.side.domains)
+
+
+def _looked_up(scores: Scores, spec: RouterSpec) -> Tensor:
+    """table[token id], int64 [T, K]."""
+    return needed(spec, "table", scores.table)[needed(spec, "token_ids", scores.side.token_ids)]
 
 
 def _expect_length(spec: RouterSpec, name: str, values: Tensor, scores: Scores) -> None:
@@ -132,6 +139,5 @@ def _outside(values: Tensor, limit: int) -> Tensor:
 
 
 def _refuse(wrong: Tensor, message: str) -> None:
-    capturing = wrong.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not capturing and bool(wrong.any()):
+    if bool(wrong.any()):
         raise ValueError(message)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moebench.catalogue.routers import is_file, needed_picks, router_info
 from moebench.catalogue.spec import LayerSpec
+from moebench.routing.fixed import check_lookup
 from moebench.routing.forms import Routing, top_k_routing
 from moebench.routing.scores import Scores, Side, wide
 from moebench.user_file import function_in_file
@@ -76,6 +77,8 @@ def _check(layer: LayerSpec, scores: Scores) -> None:
     broken = int(scores.logits.isnan().any(dim=1).sum())
     if broken:
         raise ValueError(f"router {kind!r}: the logits of {broken} of {len(scores.logits)} tokens hold NaN")
+    if info.side:
+        check_lookup(scores, spec, layer.top_k)
     picks = needed_picks(kind, E)
     if picks is not None and layer.top_k != picks:
         raise ValueError(f"router {kind!r} picks {picks}, not {layer.top_k}")

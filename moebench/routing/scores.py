@@ -103,4 +103,3 @@ def wide(value: Tensor) -> Tensor:
 
 def _wide_or_none(value: Tensor | None) -> Tensor | None:
     return None if value is None else wide(value)
-

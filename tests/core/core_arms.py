@@ -9,10 +9,10 @@ from typing import Any
 from moebench.arm import Arm, Bench
 from moebench.catalogue.spec import LayerSpec, RouterSpec
 from moebench.check import Verdict
-from moebench.point import DRAWS, Problem, Variant
+from moebench.point import Problem, Variant
 from moebench.providers.load import load
 from moebench.weights import make_weights
-from moebench.workload import make_draw
+from moebench.workload import make_draws
 
 NUMBER = r"[0-9.]+(e[+-]\d+)?"
 OFF = rf"relative error {NUMBER} against the float64 oracle"
@@ -43,8 +43,7 @@ def bench_of(
     """Weights and draws of a problem, as the worker makes them."""
     problem = Problem("custom", layer, tokens, traffic, direction, seed=seed)
     weights = make_weights(layer, precision, "cpu", seed)
-    draws = tuple(make_draw(problem, weights, index) for index in range(DRAWS + 1))
-    return Bench(problem, weights, draws)
+    return Bench(problem, weights, make_draws(problem, weights))
 
 
 def arm_of(

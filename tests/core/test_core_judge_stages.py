@@ -20,12 +20,17 @@ def staged(**stages: Any) -> StagedProvider:
     return replace(torch_grouped.PROVIDER, stages=replace(torch_grouped.STAGES, **stages))
 
 
-def other_expert(x: Any, router: Any, case: Any) -> Any:
-    ids, weights = torch_grouped.STAGES.gate(x, router, case)
-    ids = ids.clone()
+def changed(routing: Any, ids: Any, weights: Any) -> Any:
+    """The gate's answer with others in place of its ids and weights, as kept and as wanted."""
+    return replace(routing, ids=ids, weights=weights, wanted_ids=ids, wanted_weights=weights)
+
+
+def other_expert(x: Any, gate: Any, case: Any, side: Any) -> Any:
+    found = torch_grouped.STAGES.gate(x, gate, case, side)
+    ids = found.ids.clone()
     taken = set(ids[0].tolist())
     ids[0, -1] = next(expert for expert in range(case.layer.routed_experts) if expert not in taken)
-    return ids, weights
+    return changed(found, ids, found.weights)
 
 
 def test_a_gate_that_picks_another_expert_is_caught() -> None:
@@ -37,17 +42,17 @@ def test_a_gate_that_picks_another_expert_is_caught() -> None:
 
 
 def test_a_gate_with_other_weights_is_caught() -> None:
-    def halved(x: Any, router: Any, case: Any) -> Any:
-        ids, weights = torch_grouped.STAGES.gate(x, router, case)
-        return ids, weights / 2
+    def halved(*given: Any) -> Any:
+        found = torch_grouped.STAGES.gate(*given)
+        return changed(found, found.ids, found.weights / 2)
 
     assert_says("relative error 0.5 ", verdict_of(staged(gate=halved), layer_of(), scope="gate").wrong)
 
 
 def test_a_gate_of_another_shape_is_caught() -> None:
-    def fewer(x: Any, router: Any, case: Any) -> Any:
-        ids, weights = torch_grouped.STAGES.gate(x, router, case)
-        return ids[:, :1], weights[:, :1]
+    def fewer(*given: Any) -> Any:
+        found = torch_grouped.STAGES.gate(*given)
+        return changed(found, found.ids[:, :1], found.weights[:, :1])
 
     assert_says(
         r"ids of shape \[37, 1\], not \[T, K\] = \[37, 2\]",
@@ -137,11 +142,9 @@ def test_a_plan_over_capacity_is_caught() -> None:
 
 WRONG_STAGES = {
     "permute": {"permute": lambda x, plan: torch_grouped.permute(x, plan).flip(0)},
-    "up_projection": {
-        "up_projection": lambda rows, w, plan, act: torch_grouped.up_projection(rows, w.flip(0), plan, act)
-    },
+    "up_projection": {"up_projection": lambda rows, w, *rest: torch_grouped.up_projection(rows, w.flip(0), *rest)},
     "down_projection": {
-        "down_projection": lambda hidden, w, plan: torch_grouped.down_projection(hidden, w.flip(0), plan)
+        "down_projection": lambda hidden, w, *rest: torch_grouped.down_projection(hidden, w.flip(0), *rest)
     },
     "combine": {"combine": lambda rows, weights, plan: torch_grouped.combine(rows, torch.ones_like(weights), plan)},
 }

@@ -10,9 +10,8 @@ import torch
 from core_arms import arm_of, bench_of, layer_of, router, shared, user_kernel, verdict_of
 
 from moebench.catalogue.layer_forms import LAYER_FORMS
-from moebench.catalogue.routers import ROUTERS, needed_picks
-from moebench.catalogue.spec import SHARED_COMBINES, LayerSpec
-from moebench.catalogue.support import BUILT_ACTIVATIONS
+from moebench.catalogue.routers import ROUTERS, imposable, needed_picks
+from moebench.catalogue.spec import ACTIVATIONS, SHARED_COMBINES, LayerSpec
 from moebench.point import DROP_ORDERS, STAGES, Capacity
 from moebench.providers import PROVIDERS, base
 from moebench.providers.base import Case
@@ -50,7 +49,7 @@ def test_shapes(provider: str, capacity: Any, direction: str, scope: str) -> Non
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 @pytest.mark.parametrize("provider", EAGER)
 def test_activations(provider: str, direction: str, scope: str) -> None:
-    for activation in BUILT_ACTIVATIONS:
+    for activation in ACTIVATIONS:
         for capacity in ("dropless", 0.5):
             layer = layer_of(activation=activation)
             passes(provider, layer, 9, capacity=capacity, direction=direction, scope=scope)
@@ -58,7 +57,7 @@ def test_activations(provider: str, direction: str, scope: str) -> None:
 
 @pytest.mark.parametrize("provider", EAGER)
 def test_built_activations_are_the_catalogue_s(provider: str) -> None:
-    assert load(provider).activations == base.BUILT_ACTIVATIONS == BUILT_ACTIVATIONS
+    assert load(provider).activations == base.ACTIVATIONS == ACTIVATIONS
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
@@ -96,7 +95,7 @@ def test_every_router(kind: str, mode: str) -> None:
     info = ROUTERS[kind]
     K = needed_picks(kind, 8) or 2
     layer = layer_of(8, K, router=router(kind, training=mode == "training", **info.defaults))
-    traffics = ("router", "zipf:1") if info.imposable or "token_ids" in info.side else ("router",)
+    traffics = ("router", "zipf:1") if imposable(layer.router) or "token_ids" in info.side else ("router",)
     for traffic in traffics:
         passes("torch-grouped", layer, 40, scope="gate", traffic=traffic)
         for provider in ("torch-loop", "torch-bmm", "torch-grouped", "torch-dense"):

@@ -10,6 +10,7 @@ from core_arms import arm_of, bench_of, layer_of, router, shared, verdict_of
 
 import moebench_kernels
 from moebench.arm import TWIN_TOKENS, twin
+from moebench.catalogue.routers import needed_picks
 from moebench.point import STAGES
 from moebench.providers.load import Unavailable, load
 from moebench.routing import route
@@ -160,8 +161,10 @@ def test_the_twin_is_never_larger() -> None:
     assert small.weights.w_down.shape == tiny.weights.w_down.shape
 
 
-def test_the_twin_of_an_unbuilt_router_has_its_experts() -> None:
-    full = bench_of(layer_of(8, 2, hidden=128, router=router("sigmoid_bias")), tokens=40)
-    small = twin(full, "fp32")
-    assert small.draws[0].routing.logits is None
-    assert arm_of("torch-loop", small).check().wrong is None
+@pytest.mark.parametrize("kind", ["cosine", "expert_choice", "hash", "soft_moe"])
+def test_the_twin_of_a_router_that_x_cannot_be_moved_for_makes_its_own_choice(kind: str) -> None:
+    layer = layer_of(8, needed_picks(kind, 8) or 2, hidden=128, router=router(kind))
+    small = twin(bench_of(layer, tokens=40, traffic="router"), "fp32")
+    for scope in ("experts", "layer"):
+        assert arm_of("torch-loop", small, scope=scope).check().wrong is None
+    assert arm_of("triton", small, scope="layer").check().wrong is None

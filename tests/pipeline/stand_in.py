@@ -70,7 +70,9 @@ class Answers:
     def arm(self, index: int, variant: dict[str, Any]) -> dict[str, Any]:
         return {
             "timed": True, "prepare_ms": 1.0, "checked_on": "T4 D16 F8 E4 K2", "kept": 8.0, "active_experts": 4.0,
-            "drop_rate": 0.0, "load_max_over_mean": 1.0, "executed_flops": 6144.0,
+            "drop_rate": 0.0, "load_max_over_mean": 1.0, "executed_flops": 6144.0, "load_cv": 0.0, "load_entropy": 1.0,
+            "load_gini": 0.0, "collapsed_experts": 0.0, "active_over_uniform": 1.0, "unrouted_tokens": 0.0,
+            "most_experts_per_token": 2.0, "balance_loss": 1.0,
         }  # fmt: skip
 
     def yardstick(self, index: int, name: str, precision: str, flops: float) -> dict[str, Any]:

@@ -17,10 +17,10 @@ HEAVY = {"torch", "triton", "numpy", "pandas", "pyarrow", "pydantic", "scipy", "
          "jinja2", "rich", "transformers"}  # fmt: skip
 # The worker's process, and what only it imports.
 WORKERS_SIDE = {
-    "answer", "arm", "check", "check_stages", "oracle", "probe", "worker", "workload", "yardsticks",
-    "providers", "routing", "measure",
+    "answer", "arm", "check", "check_stages", "expected", "oracle", "oracle_gate", "probe", "weights", "worker",
+    "workload", "yardsticks", "layer_forms", "providers", "routing", "measure",
 }  # fmt: skip
-OTHER_WORKERS = {"tune.product", "tune.worker"}
+OTHER_WORKERS = {"tune.product", "tune.worker", "tracing", "tracing_hooks"}
 NAMED = {"cli", "catalogue", "suite", "work", "point", "record", "analyse", "report", "run", "api", "measure.latency"}
 
 
@@ -118,7 +118,14 @@ def test_help_imports_next_to_nothing():
     assert heavy(found) == set()
     assert len(found - plain) < 100
     ours = {name for name in found if name.startswith("moebench")}
-    assert ours <= {"moebench", "moebench.cli", "moebench.cli_audit", "moebench.cli_tune", "moebench.failures"}
+    assert ours <= {
+        "moebench",
+        "moebench.cli",
+        "moebench.cli_audit",
+        "moebench.cli_trace",
+        "moebench.cli_tune",
+        "moebench.failures",
+    }
 
 
 def test_what_each_command_brings_in():

@@ -6,7 +6,7 @@ import pytest
 from pipeline.test_journal import IDENTITY, record
 from pydantic import ValidationError
 
-from moebench.record import COLUMNS, FAULTS, GOOD, PERFORMANCE, STATUSES, Record
+from moebench.record import COLUMNS, FAULTS, GOOD, PERFORMANCE, ROUTING_COLUMNS, STATUSES, Record
 
 MEASURED = {"status": "measured", "timer": "cpu_wall", "latency_ms": 1.0, "samples_ms": [1.0]}
 VALUES = {
@@ -35,7 +35,7 @@ def test_no_performance_number_without_a_measurement(status):
 def test_every_number_is_a_performance_number_a_fact_of_the_routing_or_an_error():
     """A new column must be put on one side or the other."""
     known = {"executed_flops", "rel_error", "max_error", "fidelity_error", "drop_rate", "load_max_over_mean"}
-    known |= {"active_experts", "capacity_factor"}
+    known |= {"capacity_factor", *ROUTING_COLUMNS}
     numbers = {name for name, info in Record.model_fields.items() if "float" in str(info.annotation)}
     assert numbers - known <= set(PERFORMANCE)
     assert set(PERFORMANCE) <= set(COLUMNS)

@@ -405,7 +405,7 @@ def test_resuming_needs_the_same_providers(tmp_path, crew, stopped):
 def test_resuming_needs_the_same_provider_file(tmp_path, crew):
     kernel = tmp_path / "kernel.py"
     kernel.write_text("def experts(x, ids, weights, w_gate_up, w_down): ...\n")
-    suite = suite_of(tmp_path, providers=["torch-loop", f"{kernel}:experts"])
+    suite = load_suite([str(write_suite(tmp_path))], {"provider": ["torch-loop", f"{kernel}:experts"]})
     crew.cues["torch-loop", "check"] = At(2, KeyboardInterrupt())
     go(tmp_path, suite)
     crew.cues.clear()

@@ -13,10 +13,10 @@ import torch
 from moebench.arm import Arm, Bench
 from moebench.catalogue.spec import LayerSpec
 from moebench.check import Verdict
-from moebench.point import DRAWS, Capacity, Problem, Variant
+from moebench.point import Capacity, Problem, Variant
 from moebench.providers.base import Case
 from moebench.weights import make_weights
-from moebench.workload import make_draw
+from moebench.workload import make_draws
 
 LAYER = LayerSpec(64, 128, 6, 2)  # widths that differ: a weight the wrong way round does not fit
 
@@ -28,7 +28,7 @@ def verdict_of(
     """The check's verdict; the provider must not refuse."""
     problem = Problem("custom", layer, tokens, traffic, direction)
     weights = make_weights(layer, precision, "cpu", 0)
-    bench = Bench(problem, weights, tuple(make_draw(problem, weights, index) for index in range(DRAWS + 1)))
+    bench = Bench(problem, weights, make_draws(problem, weights))
     arm = Arm(provider, bench, Variant(provider.name, precision, capacity, scope=scope), "cpu")
     assert provider.refuse(arm.case) is None
     return arm.check()

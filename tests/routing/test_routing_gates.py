@@ -14,6 +14,7 @@ from torch import Tensor
 from moebench.catalogue.routers import ROUTERS
 from moebench.catalogue.spec import RouterSpec
 from moebench.routing import context, projected, two_level
+from moebench.routing.fixed import check_lookup
 from moebench.routing.forms import TopK
 from moebench.routing.route import make_scores, route
 from moebench.routing.scores import Scores, Side
@@ -356,7 +357,7 @@ def test_locality_keeps_more_tokens_at_home_and_no_weight_changes() -> None:
 def test_nodes_that_do_not_fit_are_refused(groups: int, nodes: Tensor | None, match: str) -> None:
     scores = Scores(random(5, 8), side=Side(domains=nodes))
     with pytest.raises(ValueError, match=match):
-        context.locality_bias(scores, RouterSpec("locality_bias", groups=groups), 2)
+        check_lookup(scores, RouterSpec("locality_bias", groups=groups), 2)
 
 
 # What every one of them keeps, through the catalogue's own table.

@@ -110,9 +110,6 @@ def test_a_block_holds_what_its_layer_says(model_type: str, kind: str, changed: 
     assert ("shared_gate" in found) == (layer.shared_combine == "sigmoid_gate")
 
 
-@pytest.mark.xfail(
-    reason="a LayerSpec has one activation for routed and shared experts; Hy V4 limits the routed ones only"
-)
 @pytest.mark.parametrize("model_type", ["hy_v4", "hy_v4_vl_text"])
 def test_hy_v4_where_its_limit_is_reached(model_type: str, tmp_path: Path) -> None:
     test_the_float64_layer_is_the_released_one(model_type, "", {"swiglu_limit": 0.5}, tmp_path)

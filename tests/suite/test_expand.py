@@ -89,7 +89,7 @@ def brute_point(row, where):
     if where and not eval(where, {"__builtins__": {}}, seen):  # the reference; the tests wrote the text
         return None
     problem = Problem("custom", layer, row["tokens"], row["traffic"], row["direction"], "", row["seed"])
-    return Point(problem, Variant(row["provider"], "fp32", row["capacity_factor"], "single", row["scope"]))
+    return Point(problem, Variant(row["provider"], "fp32", row["capacity_factor"], scope=row["scope"]))
 
 
 @st.composite
@@ -226,7 +226,7 @@ def test_what_a_router_cannot_do_is_pruned(tmp_path):
     assert [(each.model, each.layer.top_k) for each in kept] == [
         ("switch-base-128", 1), ("mixtral-8x7b*", 1), ("mixtral-8x7b", 2),
     ]  # fmt: skip
-    with pytest.raises(SuiteError, match="250 experts do not fall into the 8 groups of deepseek-v3"):
+    with pytest.raises(SuiteError, match="250 experts do not fall into 8 groups"):
         problems(tmp_path, {"model": "deepseek-v3", "experts": 250})
 
 
