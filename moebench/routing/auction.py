@@ -5,44 +5,55 @@
 An expert has C = ceil(T/E) alike places, and a price p: the least bid among them once all are taken. All tokens without
 a place bid at once: with v = z[t] - p, its best v1 at expert e and its second best v2 at another expert, a token offers
 p_e + v1 - v2 + eps; each expert keeps its C largest offers (ties: the earlier token). Prices only rise, so this ends,
-and then no token would gain more than eps elsewhere: the sum is within eps * T of the largest (Bertsekas 1979;
-Bertsekas and Castanon 1989 for alike places). eps falls in steps, prices carry over (eps scaling).
+and then nobody would gain more than eps elsewhere: the sum is within eps * T of the largest (Bertsekas 1979; Bertsekas
+and Castanon 1989 for alike places). Where E does not divide T, E * C - T placeholders worth nothing bid too, at most
+one an expert, for the cheapest places.
 
-What makes it fast is no part of that proof: prices start from entropic transport on a sample of tokens; a token looks
-at a short list of experts, with a bound on all others that is still true when prices have risen; equal values
-are told apart by a fixed term far below eps.
-
-Where E does not divide T, E * C - T placeholders worth nothing bid too, at most one an expert, for the cheapest places.
+What makes it fast is no part of that proof, which holds from any prices: they start from entropic transport on a sample
+of tokens; equal values are told apart by a term below eps; a token looks at a short list of experts, with a bound on
+all others that stays true as prices rise; and the last few get their places by shortest paths (`augment`), as soon as
+that costs no more than the bidding so far.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-RESOLUTION = 1e-3  # the sum is within this * T, or this * range * T where the values' range is under 1
-FLOOR = 1e3  # a value this far below the token's best counts as no lower: -inf must have a price
-LISTED = 48  # experts a token looks at before it looks at all again
-SHRINK = 0.2  # of eps between steps
-CHUNK = 1 << 24  # values looked at together, so that no second [T, E] is in memory
-SAMPLE = 1 << 23  # values that starting prices are fitted to
-STARTING_ROUNDS = 12  # of the fit, at each of its temperatures
-TIE = 1 / 16  # of eps: the largest term that tells equal values apart
+from moebench.routing.augment import Tenants, below_best, chunks, complete
+
+RESOLUTION = 1e-3  # eps; times the range of the values where that is under 1
+TIE = 1 / 4  # of eps: the largest term that tells equal values apart; bids rise by the rest
+LISTED = 64  # experts a token looks at before it looks at all again
+FEW = 1 / 8  # of the tokens without a place: prices are about right
+PROBE = 32  # rounds in which the starting prices should get there; else eps starts large and falls
+SHRINK = 1 / 8  # of a falling eps
+SAMPLE = 1 << 25  # values that starting prices are fitted to
+COOLING = 1 / 4  # of the temperature of the fit, down to 8 eps
+FIT_ROUNDS = 12  # at each temperature
+PATIENCE = 8  # a path costs about (T + E^2) / 8T rounds of bidding
 
 
 def resolution(values: Tensor) -> float:
-    """The gap eps per token that `balanced_assignment` keeps: 1e-3 * min(1, range of the values as read)."""
-    ranges = [float(_below_best(chunk).min()) for chunk in values.detach().split(_rows(values))]
-    return RESOLUTION * min(1.0, max(-min(ranges, default=0.0), 1e-6))
+    """eps: 1e-3 * min(1, range of the values as they are read), of `balanced_assignment`.
+
+    Args:
+        values: [T, E].
+    """
+    rows = torch.arange(len(values), device=values.device)
+    lowest = min((float(below_best(values[part]).min()) for part in chunks(values, rows)), default=0.0)
+    return RESOLUTION * min(1.0, max(-lowest, 1e-6))
 
 
 def balanced_assignment(values: Tensor) -> Tensor:
     """One expert a token, every expert floor(T/E) or ceil(T/E) tokens, the sum of values within eps * T of the largest.
 
     Args:
-        values: [T, E], float32 or float64, no NaN; read relative to the token's largest, no further than 1000 below.
+        values: [T, E], float32 or float64, no NaN. They are read relative to the token's largest, no further than 1000
+            below it (so -inf is 1000 below), with the rounding of their dtype.
 
     Returns:
         int64 [T]. Deterministic.
@@ -51,132 +62,123 @@ def balanced_assignment(values: Tensor) -> Tensor:
     if E == 1 or T == 0:
         return torch.zeros(T, dtype=torch.int64, device=values.device)
     values = values.detach()
-    # Half of eps for the bids; of the rest ties take an eighth, and placeholders and rounding are far less.
-    eps = resolution(values) / 2 * T / (E * -(-T // E))
-    prices, step = _starting_prices(values)
-    book = _Book.empty(values, prices, eps * TIE)
-    while True:
-        step = max(step * SHRINK, eps)
-        book.release(step)
-        while book.bid(step):
-            pass
-        if step == eps:
-            return book.owner[:T]
+    eps = resolution(values) * T / (E * -(-T // E))  # placeholders have their share of the gap
+    book = _open(values, _starting_prices(values, 8 * eps))
+    book.start(eps)
+    if not book.settle(eps, PROBE):
+        step = float(book.prices.max()) * SHRINK
+        while step > eps:  # only for the prices: some may stay without a place
+            book.start(step)
+            book.settle(step)
+            step *= SHRINK
+        book.start(eps)
+    rounds = 1
+    while len(book.waiting()) * (T + E * E) > PATIENCE * T * rounds:
+        book.bid(eps)
+        rounds += 1
+    complete(book)
+    return book.owner[:T]
 
 
 @dataclass
-class _Book:
-    """Who holds which place at what bid; tokens are 0 to T - 1, placeholders follow.
+class _Book(Tenants):
+    """Tenants and their bids.
 
     Attributes:
-        values: [T, E].
-        prices: float64 [E].
-        owner: int64 [T + placeholders], the expert, or E for none.
-        offered: float64 [T + placeholders], the bid.
-        places: C.
-        tie: size of the term that tells equal values apart.
-        listed: int64 [T, M], experts a token looks at; worth: float64 [T, M] its values there.
-        others: float64 [T], a bound on v over all other experts, at any prices from now on.
-        held: float64 [T], the value at the owner.
+        offered: float64 [T + placeholders], the bid for the place held.
+        listed: int64 [T, M], experts a token looks at.
+        worth: float64 [T, M], its values there, with the term for ties.
+        others: float64 [T], a bound on v at all other experts, at any prices from now on.
+        ties: float64 [2E], the terms that tell equal values apart: expert e's for token t at e + t mod E.
     """
 
-    values: Tensor
-    prices: Tensor
-    owner: Tensor
     offered: Tensor
-    places: int
-    tie: Tensor
     listed: Tensor
     worth: Tensor
     others: Tensor
-    held: Tensor
+    ties: Tensor
 
-    @classmethod
-    def empty(cls, values: Tensor, prices: Tensor, tie: float) -> _Book:
-        """Nobody has a place; every token's list is made at these prices."""
-        (T, E), device = values.shape, values.device
-        places = -(-T // E)
-        M = min(E, LISTED)
+    def start(self, step: float) -> None:
+        """Bids are to rise by a step from now on; who would gain more than that elsewhere gives up its place."""
+        T, E = self.values.shape
         # Token t reads this circle from place t: equal values then fall on all experts alike.
-        circle = torch.randperm(E, generator=torch.Generator().manual_seed(0)).to(device).double() * (tie / E)
-        book = cls(
-            values,
-            prices,
-            torch.full((E * places,), E, device=device),
-            prices.new_zeros(E * places),
-            places,
-            torch.cat([circle, circle]),
-            torch.zeros(T, M, dtype=torch.int64, device=device),
-            prices.new_zeros(T, M),
-            prices.new_full((T,), -torch.inf),
-            prices.new_zeros(T),
-        )
-        for rows in torch.arange(T, device=device).split(_rows(values)):
-            book.look(rows)
-        return book
+        circle = torch.randperm(E, generator=torch.Generator().manual_seed(0)).to(self.prices) * (step * TIE / E)
+        self.ties = torch.cat([circle, circle])
+        for rows in chunks(self.values, torch.arange(T, device=circle.device)):
+            self._look(rows)
+        self.owner[T:] = E
+        for rows in chunks(self.values, (self.owner[:T] < E).nonzero().squeeze(1)):
+            self._keep(rows, step * (1 - TIE))
 
-    def look(self, rows: Tensor) -> None:
+    def settle(self, step: float, rounds: float = math.inf) -> bool:
+        """Bid until few are without a place; False if that takes more rounds."""
+        while len(self.waiting()) > FEW * len(self.values):
+            if rounds <= 0:
+                return False
+            self.bid(step)
+            rounds -= 1
+        return True
+
+    def bid(self, step: float) -> None:
+        """One round: all who have no place bid, and each expert keeps the best."""
+        T, waiting = len(self.values), self.waiting()
+        chosen, offers = self._offers(waiting[waiting < T], step)
+        cheap, offer = self._cheapest(int((waiting >= T).sum()), step)
+        self._leave_to_new_placeholders(cheap)
+        self._award(waiting, torch.cat([chosen, cheap]), torch.cat([offers, offer]))
+
+    def _keep(self, rows: Tensor, step: float) -> None:
+        owner = self.owner[rows]
+        net = below_best(self.values[rows]).gather(1, owner.unsqueeze(1)).squeeze(1) - self.prices[owner]
+        best = self._net(rows).amax(dim=1).maximum(self.others[rows])
+        self.offered[rows] = self.prices[owner]
+        self.owner[rows[net < best - step]] = len(self.prices)
+
+    def _look(self, rows: Tensor) -> None:
         """Make the lists of these tokens anew, at the prices of now."""
         E, M = self.values.shape[1], self.listed.shape[1]
-        below = _below_best(self.values[rows])
-        net = below - self.prices.to(below) + self.tie.to(below).unfold(0, E, 1)[rows % E]
+        below = below_best(self.values[rows])
+        net = below - self.prices.to(below) + self.ties.to(below).unfold(0, E, 1)[rows % E]
         best = net.topk(min(M + 1, E), dim=1)
         ids = best.indices[:, :M]
         self.listed[rows] = ids
-        self.worth[rows] = below.gather(1, ids).double() + self.tie[ids + (rows % E).unsqueeze(1)]
+        self.worth[rows] = below.gather(1, ids).double() + self.ties[ids + (rows % E).unsqueeze(1)]
         if M < E:
-            self.others[rows] = best.values[:, M].double() + self._rounding()
+            rounding = 4 * torch.finfo(below.dtype).eps * float(self.prices.max())
+            self.others[rows] = best.values[:, M].double() + rounding
 
-    def _rounding(self) -> float:
-        return 4 * torch.finfo(self.values.dtype).eps * float(self.prices.max())
-
-    def bid(self, step: float) -> bool:
-        """One round; False if everyone has a place."""
-        E, T = self.values.shape[1], len(self.values)
-        waiting = (self.owner == E).nonzero().squeeze(1)
-        if len(waiting) == 0:
-            return False
-        tokens, placeholders = waiting[waiting < T], waiting[waiting >= T]
-        chosen, offers = self._offers(tokens, step)
-        cheap, offer = self._cheapest(len(placeholders), step)
-        self._outbid_placeholders(cheap)
-        self._award(waiting, torch.cat([chosen, cheap]), torch.cat([offers, offer]))
-        return True
+    def _net(self, tokens: Tensor) -> Tensor:
+        return self.worth[tokens] - self.prices[self.listed[tokens]]
 
     def _offers(self, tokens: Tensor, step: float) -> tuple[Tensor, Tensor]:
-        best = self._two_best(tokens)
+        """The experts that tokens want most, and their bids."""
+        best = self._net(tokens).topk(2, dim=1)
         stale = best.values[:, 1] < self.others[tokens]
         if stale.any():
-            for rows in tokens[stale].split(_rows(self.values)):
-                self.look(rows)
-            best = self._two_best(tokens)
-        pick = best.indices[:, :1]
-        chosen = self.listed[tokens].gather(1, pick).squeeze(1)
-        self.held[tokens] = self.worth[tokens].gather(1, pick).squeeze(1)
-        return chosen, self.prices[chosen] + best.values[:, 0] - best.values[:, 1] + step
-
-    def _two_best(self, tokens: Tensor) -> torch.return_types.topk:
-        return (self.worth[tokens] - self.prices[self.listed[tokens]]).topk(2, dim=1)
+            for rows in chunks(self.values, tokens[stale]):
+                self._look(rows)
+            best = self._net(tokens).topk(2, dim=1)
+        chosen = self.listed[tokens].gather(1, best.indices[:, :1]).squeeze(1)
+        return chosen, self.prices[chosen] + best.values[:, 0] - best.values[:, 1] + step * (1 - TIE)
 
     def _cheapest(self, count: int, step: float) -> tuple[Tensor, Tensor]:
-        """The experts with the cheapest places for placeholders, and one offer for all: what the next would cost."""
+        """The experts with the cheapest places for placeholders, and one bid for all: what the next would cost."""
+        E, T = len(self.prices), len(self.values)
         costs = self.prices.clone()
-        E, T = self.values.shape[1], len(self.values)
         hosted = self.owner[T:] < E
-        costs[self.owner[T:][hosted]] = self.offered[T:][hosted]
-        lowest = costs.topk(min(count + 1, E), largest=False)
+        costs[self.owner[T:][hosted]] = self.offered[T:][hosted]  # one a placeholder is in: it must be outbid
+        lowest = costs.topk(count + 1, largest=False)
         return lowest.indices[:count], (lowest.values[-1] + step).expand(count)
 
-    def _outbid_placeholders(self, cheap: Tensor) -> None:
-        E, T = self.values.shape[1], len(self.values)
-        taken = torch.zeros(E + 1, dtype=torch.bool, device=cheap.device)
-        taken[cheap] = True
-        holders = self.owner[T:]
-        holders[taken[holders]] = E
+    def _leave_to_new_placeholders(self, experts: Tensor) -> None:
+        taken = torch.zeros(len(self.prices) + 1, dtype=torch.bool, device=experts.device)
+        taken[experts] = True
+        holders = self.owner[len(self.values) :]
+        holders[taken[holders]] = len(self.prices)
 
     def _award(self, bidders: Tensor, chosen: Tensor, offers: Tensor) -> None:
-        """Each expert keeps its C largest offers, old and new, and raises its price to the least of them."""
-        E = self.values.shape[1]
+        """Each expert keeps its C largest bids, old and new, and raises its price to the least of them."""
+        E = len(self.prices)
         self.owner[bidders], self.offered[bidders] = chosen, offers
         touched = torch.zeros(E + 1, dtype=torch.bool, device=chosen.device)
         touched[chosen] = True
@@ -190,43 +192,39 @@ class _Book:
         self.prices[experts[last]] = self.offered[held[last]]
         self.owner[held[rank >= self.places]] = E
 
-    def release(self, step: float) -> None:
-        """Take the places from all who would gain more than a step elsewhere; the others hold theirs at its price."""
-        E, T = self.values.shape[1], len(self.values)
-        owner = self.owner[:T]
-        net = self.held - torch.cat([self.prices, self.prices.new_full((1,), torch.inf)])[owner]
-        best = (self.worth - self.prices[self.listed]).amax(1).maximum(self.others)
-        owner[net < best - step] = E
-        self.owner[T:] = E
-        kept = (owner < E).nonzero().squeeze(1)
-        self.offered[kept] = self.prices[owner[kept]]
+
+def _open(values: Tensor, prices: Tensor) -> _Book:
+    """Nobody has a place."""
+    T, E = values.shape
+    places, M = -(-T // E), min(E, LISTED)
+    return _Book(
+        values,
+        prices,
+        owner=torch.full((E * places,), E, device=values.device),
+        places=places,
+        offered=prices.new_zeros(E * places),
+        listed=torch.zeros(T, M, dtype=torch.int64, device=values.device),
+        worth=prices.new_zeros(T, M),
+        others=prices.new_full((T,), -torch.inf),
+        ties=prices.new_zeros(2 * E),
+    )
 
 
-def _below_best(values: Tensor) -> Tensor:
-    """Values relative to the largest of the row, no lower than -FLOOR. A copy."""
-    bounded = values.clamp(-1e30, 1e30)
-    return bounded.sub_(bounded.amax(dim=1, keepdim=True)).clamp_(min=-FLOOR)
+def _starting_prices(values: Tensor, coolest: float) -> Tensor:
+    """Prices at which a sample of tokens is nearly balanced, float64 [E], the least 0.
 
-
-def _rows(values: Tensor) -> int:
-    return max(1, CHUNK // values.shape[1])
-
-
-def _starting_prices(values: Tensor) -> tuple[Tensor, float]:
-    """Prices float64 [E] that nearly balance a sample of tokens, least 0, and how far off they may be."""
+    Entropic transport to equal shares (Sinkhorn's scaling): a token chooses as softmax((z - p) / heat), heat falling.
+    """
     T, E = values.shape
     sample = min(T, max(1, SAMPLE // E))
-    below = _below_best(values[torch.arange(sample, device=values.device) * T // sample])
-    spread = -float(below.topk(-(-E // 4), dim=1).values[:, -1].double().mean())
-    prices = below.new_zeros(E)
-    if spread == 0.0:
-        return prices.double(), 0.0
-    for heat in (spread / 4, spread / 16):
+    below = below_best(values[torch.arange(sample, device=values.device) * T // sample])
+    prices, heat = below.new_zeros(E), -float(below.min()) / 16
+    while heat > coolest:
         net = below - prices
         kernel = net.sub_(net.amax(dim=1, keepdim=True)).div_(heat).clamp_(min=-60.0).exp_()
         share = below.new_ones(E)
-        for _ in range(STARTING_ROUNDS):
+        for _ in range(FIT_ROUNDS):
             share = sample / (E * (kernel.T @ (1 / (kernel @ share))))
         prices = prices - heat * share.log()
-    prices = prices.double()
-    return prices - prices.min(), spread / 16
+        heat *= COOLING
+    return (prices - prices.min()).double()
