@@ -34,7 +34,7 @@ SHRINK = 1 / 8  # of a falling eps
 SAMPLE = 1 << 25  # values that starting prices are fitted to
 COOLING = 1 / 4  # of the temperature of the fit, down to 8 eps
 FIT_ROUNDS = 12  # at each temperature
-PATIENCE = 8  # a path costs about (T + E^2) / 8T rounds of bidding
+PATIENCE = 4  # a path costs about (T + E^2) / 4T rounds of bidding
 
 
 def resolution(values: Tensor) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e3  # a value this far below the token's best counts as no lower: -inf must have a price
+TOGETHER = 64  # experts whose leavers are looked at together
 CHUNK = 1 << 24  # values looked at together, so that no second [T, E] is in memory
 
 
@@ -102,14 +103,15 @@ def _place(tenants: Tenants, losses: Tensor, one: int) -> None:
 def _shortest(losses: Tensor, prices: Tensor, full: Tensor, hosts: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
     """Distances [E] from the start, exact up to the nearest free place, and the expert before each (-1: the start).
 
-    Bellman and Ford's rounds, from experts that came nearer and are nearer than any free place.
+    Experts are looked at nearest first, some at a time, and again if they came nearer.
     """
     before = torch.full_like(full, -1, dtype=torch.int64)
-    front = torch.arange(len(prices), device=prices.device)
+    pending = full.clone()
     while True:
-        front = front[full[front] & (far[front] < far[~full].min())]
+        front = (pending & (far < far[~full].min())).nonzero().squeeze(1)
         if len(front) == 0:
             return far, before
+        front = front[far[front].topk(min(len(front), TOGETHER), largest=False).indices]
         cost = losses[front]
         # A placeholder loses nothing, but may not join another one.
         cost = torch.where(hosts[front].unsqueeze(1) & ~hosts, cost.clamp(max=0.0), cost)
@@ -119,7 +121,8 @@ def _shortest(losses: Tensor, prices: Tensor, full: Tensor, hosts: Tensor, far: 
         nearer = (nearest < far).nonzero().squeeze(1)
         before[nearer] = front[cost[:, nearer].argmin(dim=0)]
         far = torch.minimum(far, nearest)
-        front = nearer
+        pending[front] = False
+        pending[nearer] = full[nearer]
 
 
 def _leaver(tenants: Tenants, here: int, there: int, placeholder_may: bool) -> int:
