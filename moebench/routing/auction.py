@@ -130,7 +130,7 @@ class _Book(Tenants):
     def _keep(self, rows: Tensor, step: float) -> None:
         owner = self.owner[rows]
         net = below_best(self.values[rows]).gather(1, owner.unsqueeze(1)).squeeze(1) - self.prices[owner]
-        best = self._net(rows).amax(dim=1).maximum(self.others[rows])
+        best = self._net(rows).amax(dim=1)  # the lists are new
         self.offered[rows] = self.prices[owner]
         self.owner[rows[net < best - step]] = len(self.prices)
 

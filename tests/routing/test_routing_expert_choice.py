@@ -141,9 +141,12 @@ def test_fitted_thresholds_give_back_the_batch(case: str, top_k: int) -> None:
 
 
 def test_fitted_thresholds_between_neighbouring_floats() -> None:
-    low = torch.tensor(0.25)
-    gates = torch.stack([low, torch.nextafter(low, torch.tensor(1.0))]).view(2, 1)
-    assert (gates > rules.fit_thresholds(gates.expand(2, 2), 1)[0]).flatten().tolist() == [False, True]
+    """Half way rounds to the lower one of the first pair, to the upper one of the second."""
+    lowest = torch.tensor(0.25)
+    middle = torch.nextafter(lowest, torch.tensor(1.0))
+    for low, high in ((lowest, middle), (middle, torch.nextafter(middle, torch.tensor(1.0)))):
+        gates = torch.stack([low, high]).view(2, 1)
+        assert (gates > rules.fit_thresholds(gates.expand(2, 2), 1)[0]).flatten().tolist() == [False, True]
 
 
 def test_threshold_loss_by_loop() -> None:

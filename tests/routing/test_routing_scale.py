@@ -47,9 +47,9 @@ def test_experts_choose(rule: Callable[[Scores, RouterSpec, int], Ragged], kind:
 @pytest.mark.parametrize("tokens", [T, T - 100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_assignment_has_prices_that_prove_it(kind: str, tokens: int) -> None:
-    """Weak duality: whatever the prices p, no balanced sum exceeds sum_t max_e (z - p) + the dearest p, counted out.
+    """Weak duality: whatever the prices p, no balanced sum exceeds sum_t max_e (z - p) + the sum of p over all places.
 
-    The prices here are fitted by the test itself, on the experts' counts, so a wrong assignment cannot bring its own.
+    The test fits prices of its own, so that a wrong assignment cannot bring any that excuse it.
     """
     z = logits(kind)[:tokens]
     ids = balanced_assignment(z)
@@ -61,16 +61,16 @@ def test_assignment_has_prices_that_prove_it(kind: str, tokens: int) -> None:
     assert got >= upper_bound(read) - SLACK - resolution(z) * tokens
 
 
-SLACK = 0.02 * T  # the test's own prices are not exact
+SLACK = 0.001 * T  # the test's own prices are not exact: they leave 0.0003 to 0.0008
 
 
 def upper_bound(z: Tensor) -> float:
-    """The dual value at prices from entropic transport in float64, at temperature 0.02."""
+    """The dual value at prices from entropic transport, at temperature 0.02."""
     tokens, prices = len(z), torch.zeros(E).double()
     for heat in (1.0, 0.3, 0.1, 0.02):
-        for _ in range(40):
-            share = torch.softmax((z - prices) / heat, dim=1).sum(dim=0) * E / tokens
-            prices = prices + heat * share.clamp_min(1e-30).log()
+        for _ in range(15):
+            share = torch.softmax((z - prices).float() / heat, dim=1).sum(dim=0) * E / tokens
+            prices = prices + heat * share.double().clamp_min(1e-30).log()
     floor, more = divmod(tokens, E)
     dearest = prices.sort(descending=True).values[:more].sum()
     return float((z - prices).amax(dim=1).sum() + floor * prices.sum() + dearest)
