@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moebench.estimate import estimate_seconds
+from moebench.point import problem_name
 from moebench.suite import Suite
 
 SHOWN_BLOCKS = 12
@@ -49,9 +50,8 @@ def plan_text(suite: Suite, rows: list[Row]) -> str:
         f"about {duration(row['seconds'])} ({row['basis']}{sampled})",
     ]
     for block in islice(suite.blocks(row["device_kind"]), SHOWN_BLOCKS):
-        problem = block.problem
         providers = ", ".join(dict.fromkeys(variant.provider for variant in block.variants))
-        lines.append(f"  {problem.model} T={problem.tokens} {problem.traffic} {problem.direction}: {providers}")
+        lines.append(f"  {problem_name(block.problem)}: {providers}")
     rest = row["blocks"] - SHOWN_BLOCKS
     return "\n".join([*lines, f"  ... and {rest:,} more blocks"] if rest > 0 else lines)
 

@@ -115,6 +115,14 @@ class Block:
         return [Point(self.problem, variant) for variant in self.variants]
 
 
+def problem_name(problem: Problem) -> str:
+    """A problem in a few words; the router where it is not a preset's own, nor the one a plain shape has unasked."""
+    kind = problem.layer.router.kind
+    unasked = kind == RouterSpec.kind or not (problem.model == "custom" or problem.model.endswith("*"))
+    router = "" if unasked else f" {kind}"
+    return f"{problem.model}{router} T={problem.tokens} {problem.traffic} {problem.direction}"
+
+
 def base_precision(precision: str) -> str:
     """What inputs, outputs, router and shared experts are in: bf16 where only the experts' matrices are quantised."""
     return "bf16" if precision in QUANTISED_PRECISIONS else precision

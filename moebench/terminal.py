@@ -12,7 +12,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from moebench.point import Block
+from moebench.point import Block, problem_name
 from moebench.providers import is_yardstick
 from moebench.record import Manifest, Record
 from moebench.run import Outcome, Progress
@@ -71,8 +71,7 @@ class LiveProgress(Progress):
 
 def block_name(block: Block) -> str:
     """A block in a few words."""
-    problem = block.problem
-    return f"{problem.model} T={problem.tokens} {problem.traffic} {problem.direction}"
+    return problem_name(block.problem)
 
 
 def outcome_lines(outcome: Outcome) -> list[str]:

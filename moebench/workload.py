@@ -11,7 +11,7 @@ from moebench.catalogue.gate import CONTEXT_WIDTH
 from moebench.catalogue.routers import imposable, router_info
 from moebench.catalogue.spec import LayerSpec
 from moebench.point import DRAWS, Capacity, Problem, base_precision
-from moebench.routing.build import Demand, route_problem, token_ids, with_capacity
+from moebench.routing.build import Demand, robust, route_problem, token_ids, with_capacity
 from moebench.routing.forms import Mix, Ragged, Routing
 from moebench.routing.logits import impose_logits
 from moebench.routing.route import side_width
@@ -154,12 +154,21 @@ def make_draw(problem: Problem, weights: Weights, index: int) -> Draw:
     side = _draw_side(layer, traffic, problem.tokens, generator)
     dense_x = torch.randn(x.shape, generator=generator) if layer.shared_combine == "parallel" else None
     gate = {name: _on_host(value) for name, value in weights.whole_gate.items()}
+    if _loose(layer):
+        x = robust(layer, x, gate, side, generator)
     seed = seed_of(problem.seed, "routing", index)
     routing = route_problem(Demand(layer, traffic, x, gate, side, seed, problem.seed, index))
     if can_impose(layer) and routing.logits is not None:
         shift = gate.get("logit_bias", torch.zeros(()))
         x = impose_logits(x, gate["router"], routing.logits - shift).float()
     return Draw(x, routing, upstream, side, dense_x)
+
+
+def _loose(layer: LayerSpec) -> bool:
+    """Whether near ties of the router's choice can be drawn again, and not settled by moving x."""
+    info = router_info(layer.router.kind)
+    alone = info.causal == "yes" or (info.causal == "inference" and not layer.router.training)
+    return alone and info.form == "TopK" and not imposable(layer.router) and not info.side
 
 
 def _draw_side(layer: LayerSpec, traffic: Traffic, tokens: int, generator: torch.Generator) -> Side:

@@ -20,6 +20,8 @@ from moebench.routing.route import make_scores, route
 from moebench.routing.scores import Scores, Side
 from moebench.traffic import Traffic
 
+SHAKE, ROUNDS = 1e-4, 8
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -60,6 +62,24 @@ def route_problem(demand: Demand) -> Routing:
         return top_k_routing(ids, weights, layer.routed_experts)
     generator = torch.Generator().manual_seed(demand.seed)
     return _settled(demand, impose(layer, ids, demand.gate.get("selection_bias"), generator))
+
+
+def robust(layer: LayerSpec, x: Tensor, gate: Mapping[str, Tensor], side: Side, generator: torch.Generator) -> Tensor:
+    """Hidden states of which no token's choice hangs on a rounding; those that do are drawn again, up to `ROUNDS` times.
+
+    For routers that x cannot be moved for and that look at each token alone: a choice stands if it is the same for x and
+    for x shaken by SHAKE, a hundred times what float32 rounds.
+    """
+    for _ in range(ROUNDS):
+        shaken = x + SHAKE * torch.randn(x.shape, generator=generator)
+        found = [route(layer, make_scores(layer, each, gate, side)) for each in (x, shaken)]
+        first, second = (routing.ids.sort(dim=1).values for routing in found if isinstance(routing, TopK))
+        loose = (first != second).any(dim=1)
+        if not bool(loose.any()):
+            break
+        x = x.clone()
+        x[loose] = torch.randn(int(loose.sum()), x.shape[1], generator=generator)
+    return x
 
 
 def _chosen(demand: Demand) -> tuple[Tensor, Tensor]:
