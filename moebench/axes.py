@@ -116,6 +116,8 @@ def read_router(value: object) -> Value:
     """A router's name, or path/to/file.py:function."""
     if isinstance(value, str) and is_file(value):
         _bounded(value, 1000)
+        if not Path(value.rpartition(":")[0]).expanduser().is_file():
+            raise ValueError(f"found {shown(value)}; there is no such file")
         return value
     if value not in ROUTERS:
         hint = nearest(value, ROUTERS) if isinstance(value, str) else ""

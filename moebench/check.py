@@ -67,9 +67,8 @@ def _reason(gradient: str, errors: Errors, allowed: Errors) -> str | None:
 
 def eager_errors(case: Case, weights: Weights, inputs: Inputs) -> Errors:
     """Error of eager PyTorch in the case's precision, on up to 64 rows: what the precision itself costs."""
-    some = inputs.ids.flatten() >= 0
     rows = expected.rows_of(inputs.x, inputs.choice)
-    pick = some.nonzero().flatten()
+    pick = ((rows.expert >= 0) & (rows.expert < case.layer.routed_experts)).nonzero().flatten()
     pick = pick[torch.linspace(0, len(pick) - 1, min(64, len(pick))).long().to(pick.device)]
     x, ids, gates = rows.x[pick], rows.expert[pick].unsqueeze(1), rows.weight[pick].unsqueeze(1)
     with torch.no_grad():

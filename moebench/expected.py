@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from moebench import oracle, oracle_gate
-from moebench.catalogue.routers import router_info
+from moebench.catalogue.routers import is_causal
 from moebench.catalogue.spec import LayerSpec
+from moebench.point import Capacity
 from moebench.routing.forms import Routing, top_k_routing
 from moebench.routing.route import decide, make_scores
 from moebench.routing.scores import Side
@@ -38,8 +39,7 @@ def routing(layer: LayerSpec, weights: Weights, x: Tensor, side: Side) -> Routin
 
 def coupled(layer: LayerSpec) -> bool:
     """Whether a token's route depends on the other tokens."""
-    causal = router_info(layer.router.kind).causal
-    return causal == "no" or (causal == "inference" and layer.router.training)
+    return not is_causal(layer.router, Capacity())
 
 
 def on_input(layer: LayerSpec) -> bool:

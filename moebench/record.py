@@ -80,6 +80,7 @@ class Record(BaseModel):
     drop_order: str = "position"
     router: str
     router_mode: str = "inference"
+    causal: bool | None = None  # whether later tokens can change no token's experts; null: a yardstick
     traffic: str
     phase: str = ""
     seed: int = 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from moebench.block_run import Entry, work_of
 from moebench.catalogue.hardware import Hardware
+from moebench.catalogue.routers import is_causal
 from moebench.derive import cost, limit_ms, performance
 from moebench.measure.latency import median_interval
 from moebench.point import DRAWS, DROPLESS, YARDSTICKS, Block, digest
@@ -77,6 +78,7 @@ def _identity(entry: Entry, block: Block, context: Context) -> dict[str, Any]:
         "drop_order": variant.drop_order,
         "router": layer.router.kind,
         "router_mode": "training" if layer.router.training else "inference",
+        "causal": is_causal(layer.router, variant.capacity) if entry.role == "arm" else None,
         "traffic": problem.traffic,
         "phase": problem.phase,
         "seed": problem.seed,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moebench.catalogue.gate import CONTEXT_WIDTH
-from moebench.catalogue.routers import imposable, router_info
+from moebench.catalogue.routers import imposable, is_causal, router_info
 from moebench.catalogue.spec import LayerSpec
 from moebench.point import DRAWS, Capacity, Problem, base_precision
 from moebench.routing.build import Demand, robust, route_problem, token_ids, with_capacity
@@ -167,7 +167,7 @@ def make_draw(problem: Problem, weights: Weights, index: int) -> Draw:
 def _loose(layer: LayerSpec) -> bool:
     """Whether near ties of the router's choice can be drawn again, and not settled by moving x."""
     info = router_info(layer.router.kind)
-    alone = info.causal == "yes" or (info.causal == "inference" and not layer.router.training)
+    alone = is_causal(layer.router, Capacity())
     return alone and info.form == "TopK" and not imposable(layer.router) and not info.side
 
 

@@ -21,7 +21,7 @@ from moebench.record import COLUMNS, Journal, Manifest, Record
 
 RESULTS = "results.parquet"
 CHUNK = 10_000  # records held as Python objects at a time
-_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moebench.catalogue.spec import RouterSpec
+    from moebench.point import Capacity
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,16 @@ def imposable(spec: RouterSpec) -> bool:
     info = router_info(spec.kind)
     depends = info.make != "scores:linear" or "noise" in info.gate
     return info.imposable and not (spec.training and info.noise and depends)
+
+
+def is_causal(spec: RouterSpec, capacity: Capacity) -> bool:
+    """Whether later tokens can change no token's experts: neither by its router, nor by who is dropped.
+
+    First come by position is the one order in which a later token takes nobody's slot.
+    """
+    causal = router_info(spec.kind).causal
+    alone = causal == "yes" or (causal == "inference" and not spec.training)
+    return alone and (capacity.factor == "dropless" or capacity.order == "position")
 
 
 def needed_picks(kind: str, routed_experts: int) -> int | None:

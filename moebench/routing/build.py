@@ -65,10 +65,10 @@ def route_problem(demand: Demand) -> Routing:
 
 
 def robust(layer: LayerSpec, x: Tensor, gate: Mapping[str, Tensor], side: Side, generator: torch.Generator) -> Tensor:
-    """Hidden states of which no token's choice hangs on a rounding; those that do are drawn again, up to `ROUNDS` times.
+    """Hidden states of which no token's choice hangs on a rounding; those that do are drawn anew, up to ROUNDS times.
 
-    For routers that x cannot be moved for and that look at each token alone: a choice stands if it is the same for x and
-    for x shaken by SHAKE, a hundred times what float32 rounds.
+    For routers that x cannot be moved for and that look at each token alone: a choice stands if it is the same for x
+    and for x shaken by SHAKE, a hundred times what float32 rounds.
     """
     for _ in range(ROUNDS):
         shaken = x + SHAKE * torch.randn(x.shape, generator=generator)
