@@ -7,7 +7,7 @@ a place bid at once: with v = z[t] - p, its best v1 at expert e and its second b
 p_e + v1 - v2 + eps; each expert keeps its C largest offers (ties: the earlier token). Prices only rise, so this ends,
 and then nobody would gain more than eps elsewhere: the sum is within eps * T of the largest (Bertsekas 1979; Bertsekas
 and Castanon 1989 for alike places). Where E does not divide T, E * C - T placeholders worth nothing bid too, at most
-one an expert, for the cheapest places.
+one an expert, for the cheapest places. Where T < E none is needed, but places that stay free must have prices near 0.
 
 What makes it fast is no part of that proof, which holds from any prices: they start from entropic transport on a sample
 of tokens; equal values are told apart by a term below eps; a token looks at a short list of experts, with a bound on
@@ -34,7 +34,8 @@ SHRINK = 1 / 8  # of a falling eps
 SAMPLE = 1 << 25  # values that starting prices are fitted to
 COOLING = 1 / 4  # of the temperature of the fit, down to 8 eps
 FIT_ROUNDS = 12  # at each temperature
-PATIENCE = 4  # a path costs about (T + E^2) / 4T rounds of bidding
+PATIENCE = 4  # a path costs about (T + E^2) / 4 of effort
+OVERHEAD = 1 << 15  # of a round, beside the tokens
 
 
 def resolution(values: Tensor) -> float:
@@ -62,22 +63,50 @@ def balanced_assignment(values: Tensor) -> Tensor:
     if E == 1 or T == 0:
         return torch.zeros(T, dtype=torch.int64, device=values.device)
     values = values.detach()
-    eps = resolution(values) * T / (E * -(-T // E))  # placeholders have their share of the gap
-    book = _open(values, _starting_prices(values, 8 * eps))
-    book.start(eps)
-    if not book.settle(eps, PROBE):
-        step = float(book.prices.max()) * SHRINK
-        while step > eps:  # only for the prices: some may stay without a place
-            book.start(step)
-            book.settle(step)
-            step *= SHRINK
+    if T < E:
+        return _with_room(values, resolution(values) / 2)
+    everyone = E * -(-T // E)
+    eps = resolution(values) * T / everyone  # placeholders have their share of the gap
+    book = _open(values, _starting_prices(values, 8 * eps), everyone)
+    _find_prices(book, eps)
+    return _finish(book, eps)
+
+
+def _with_room(values: Tensor, eps: float) -> Tensor:
+    """T < E. The free places' prices add to the gap: fitted ones serve if they hardly do, and zero always serves."""
+    T, E = values.shape
+    fitted = (_starting_prices(values, 8 * eps) - 16 * eps).clamp_(min=0.0)
+    for prices in (fitted, torch.zeros_like(fitted)):
+        book = _open(values, prices, T)
         book.start(eps)
-    rounds = 1
-    while len(book.waiting()) * (T + E * E) > PATIENCE * T * rounds:
+        ids = _finish(book, eps)
+        free = torch.bincount(ids, minlength=E) == 0
+        if float(book.prices[free].sum()) <= eps * T:
+            break
+    return ids
+
+
+def _finish(book: _Book, eps: float) -> Tensor:
+    """Bid until paths are cheaper; int64 [T]."""
+    T, E = book.values.shape
+    book.effort = T + OVERHEAD
+    while len(book.waiting()) * (T + E * E) > PATIENCE * book.effort:
         book.bid(eps)
-        rounds += 1
     complete(book)
     return book.owner[:T]
+
+
+def _find_prices(book: _Book, eps: float) -> None:
+    """Start at eps; if that would take long, come down to it by larger steps."""
+    book.start(eps)
+    if book.settle(eps, PROBE):
+        return
+    step = float(book.prices.max()) * SHRINK
+    while step > eps:  # only for the prices: some may stay without a place
+        book.start(step)
+        book.settle(step)
+        step *= SHRINK
+    book.start(eps)
 
 
 @dataclass
@@ -90,6 +119,7 @@ class _Book(Tenants):
         worth: float64 [T, M], its values there, with the term for ties.
         others: float64 [T], a bound on v at all other experts, at any prices from now on.
         ties: float64 [2E], the terms that tell equal values apart: expert e's for token t at e + t mod E.
+        effort: numbers looked at so far, roughly.
     """
 
     offered: Tensor
@@ -97,6 +127,7 @@ class _Book(Tenants):
     worth: Tensor
     others: Tensor
     ties: Tensor
+    effort: int
 
     def start(self, step: float) -> None:
         """Bids are to rise by a step from now on; who would gain more than that elsewhere gives up its place."""
@@ -122,6 +153,7 @@ class _Book(Tenants):
     def bid(self, step: float) -> None:
         """One round: all who have no place bid, and each expert keeps the best."""
         T, waiting = len(self.values), self.waiting()
+        self.effort += T + OVERHEAD
         chosen, offers = self._offers(waiting[waiting < T], step)
         cheap, offer = self._cheapest(int((waiting >= T).sum()), step)
         self._leave_to_new_placeholders(cheap)
@@ -132,11 +164,12 @@ class _Book(Tenants):
         net = below_best(self.values[rows]).gather(1, owner.unsqueeze(1)).squeeze(1) - self.prices[owner]
         best = self._net(rows).amax(dim=1)  # the lists are new
         self.offered[rows] = self.prices[owner]
-        self.owner[rows[net < best - step]] = len(self.prices)
+        self.owner[rows[net < best - 5000 * step]] = len(self.prices)
 
     def _look(self, rows: Tensor) -> None:
         """Make the lists of these tokens anew, at the prices of now."""
         E, M = self.values.shape[1], self.listed.shape[1]
+        self.effort += len(rows) * E
         below = below_best(self.values[rows])
         net = below - self.prices.to(below) + self.ties.to(below).unfold(0, E, 1)[rows % E]
         best = net.topk(min(M + 1, E), dim=1)
@@ -193,27 +226,29 @@ class _Book(Tenants):
         self.owner[held[rank >= self.places]] = E
 
 
-def _open(values: Tensor, prices: Tensor) -> _Book:
-    """Nobody has a place."""
+def _open(values: Tensor, prices: Tensor, everyone: int) -> _Book:
+    """Nobody has a place: neither tokens nor the placeholders that make them `everyone`."""
     T, E = values.shape
     places, M = -(-T // E), min(E, LISTED)
     return _Book(
         values,
         prices,
-        owner=torch.full((E * places,), E, device=values.device),
+        owner=torch.full((everyone,), E, device=values.device),
         places=places,
-        offered=prices.new_zeros(E * places),
+        offered=prices.new_zeros(everyone),
         listed=torch.zeros(T, M, dtype=torch.int64, device=values.device),
         worth=prices.new_zeros(T, M),
         others=prices.new_full((T,), -torch.inf),
         ties=prices.new_zeros(2 * E),
+        effort=0,
     )
 
 
 def _starting_prices(values: Tensor, coolest: float) -> Tensor:
     """Prices at which a sample of tokens is nearly balanced, float64 [E], the least 0.
 
-    Entropic transport to equal shares (Sinkhorn's scaling): a token chooses as softmax((z - p) / heat), heat falling.
+    Entropic transport (Sinkhorn's scaling): a token chooses as softmax((z - p) / heat), heat falling. T/E tokens an
+    expert, or where T < E at most one, at prices of at least 0.
     """
     T, E = values.shape
     sample = min(T, max(1, SAMPLE // E))
@@ -224,7 +259,9 @@ def _starting_prices(values: Tensor, coolest: float) -> Tensor:
         kernel = net.sub_(net.amax(dim=1, keepdim=True)).div_(heat).clamp_(min=-60.0).exp_()
         share = below.new_ones(E)
         for _ in range(FIT_ROUNDS):
-            share = sample / (E * (kernel.T @ (1 / (kernel @ share))))
+            share = max(1.0, sample / E) / (kernel.T @ (1 / (kernel @ share)))
+            if T < E:
+                share = share.minimum((prices / heat).exp())
         prices = prices - heat * share.log()
         heat *= COOLING
-    return (prices - prices.min()).double()
+    return (prices if T < E else prices - prices.min()).double()

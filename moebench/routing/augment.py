@@ -28,7 +28,7 @@ class Tenants:
         values: [T, E].
         prices: float64 [E].
         owner: int64 [T + placeholders], the expert, or E for none.
-        places: C, of each expert; E * C is T + placeholders.
+        places: C, of each expert; E * C is T + placeholders, or T < E and there are none.
     """
 
     values: Tensor
