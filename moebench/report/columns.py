@@ -61,8 +61,8 @@ DETAILS = (
     "checked_on", "provider", "provider_version", "provider_hash", "role", "precision", "capacity_factor",
     "layout", "n_devices", "device", "hidden_size", "expert_ffn_size", "routed_experts", "top_k", "shared_experts",
     "router", "router_mode", "causal", "capacity_rounding", "drop_order", "traffic", "direction", "phase", "seed",
-    "replicate", "timer", "wall_ms", "prepare_ms", "gbytes_per_s", "executed_flops", "limit_ms", "rel_error", "max_error",
-    "active_experts", "active_over_uniform", "load_entropy", "load_gini", "collapsed_experts",
+    "replicate", "timer", "wall_ms", "prepare_ms", "gbytes_per_s", "executed_flops", "limit_ms", "rel_error",
+    "max_error", "active_experts", "active_over_uniform", "load_entropy", "load_gini", "collapsed_experts",
     "most_experts_per_token", "balance_loss", "energy_source",
     "energy_net_j_per_token", "gco2_per_mtok", "rounds", "samples", "suite", "run_id", "block_id",
 )  # fmt: skip
