@@ -164,7 +164,7 @@ class _Book(Tenants):
         net = below_best(self.values[rows]).gather(1, owner.unsqueeze(1)).squeeze(1) - self.prices[owner]
         best = self._net(rows).amax(dim=1)  # the lists are new
         self.offered[rows] = self.prices[owner]
-        self.owner[rows[net < best - 5000 * step]] = len(self.prices)
+        self.owner[rows[net < best - step]] = len(self.prices)
 
     def _look(self, rows: Tensor) -> None:
         """Make the lists of these tokens anew, at the prices of now."""
