@@ -42,7 +42,7 @@ def test_within_the_gap_of_the_largest_sum(tokens: int, experts: int, case: str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_alone_keeps_the_gap(part: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bidding to the end, paths from the start, the way without useful prices, and lists that are always too short."""
+    """Bids to the end, paths from the start, starting prices that are no use, and bids from lists that are too short."""
     if part == "no paths":
         monkeypatch.setattr(auction, "PATIENCE", 0)
     elif part == "paths alone":
@@ -53,7 +53,8 @@ def test_each_part_alone_keeps_the_gap(part: str, case: str, monkeypatch: pytest
         monkeypatch.setattr(auction, "PROBE", 0)
     elif part == "short lists":
         monkeypatch.setattr(auction, "LISTED", 2)
-    if part != "no paths" or case not in ("huge", "large", "experts masked"):  # bids alone rise to 1000 by 0.001
+        monkeypatch.setattr(auction, "PATIENCE", 0)
+    if auction.PATIENCE or case not in ("huge", "large", "experts masked"):  # bids alone rise to 1000 by 0.001
         for tokens, experts in ((48, 8), (45, 8), (30, 40)):
             check(adversarial(tokens, experts, seed=1)[case])
 
