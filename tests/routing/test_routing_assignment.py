@@ -42,7 +42,7 @@ def test_within_the_gap_of_the_largest_sum(tokens: int, experts: int, case: str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_alone_keeps_the_gap(part: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bids to the end, paths from the start, starting prices that are no use, and bids from lists that are too short."""
+    """Bids to the end, paths from the start, useless starting prices, lists too short (and bids to the end)."""
     if part == "no paths":
         monkeypatch.setattr(auction, "PATIENCE", 0)
     elif part == "paths alone":
