@@ -10,6 +10,7 @@ from moebench.point import DROPLESS, QUANTISED_PRECISIONS, STAGES, Problem, Vari
 from moebench.traffic import parse_traffic
 
 NEEDS_ROUTER = ("layer", "gate")
+BY_WEIGHT = ("probability", "batch_priority")  # drop orders that compare weights of different tokens
 # Imposed logits are z = W x. Near a square W some x are hundreds of times larger than z, and rounding them to 16 bits
 # flips choices: of 1,536 tokens 49 in bf16 at E = D = 64, and 169 at 256; none at E = 0.8 D.
 WELL_CONDITIONED = 0.8
@@ -102,6 +103,8 @@ def _cannot_hold(problem: Problem, variant: Variant) -> str | None:
     if variant.precision == "fp32":
         return None
     rounding = f"rounding to {base_precision(variant.precision)}"
+    if variant.capacity_factor != DROPLESS and variant.drop_order in BY_WEIGHT:
+        return f"{rounding} changes who is dropped by {variant.drop_order}; fp32 and scope 'experts' can be run"
     if layer.router.training and info.noise:
         return f"in training, {rounding} flips choices that router {layer.router.kind!r} draws; fp32 can be run"
     if not info.imposable and "token_ids" not in info.side and layer.router.kind != "mixer" and info.form == "TopK":

@@ -43,6 +43,11 @@ def kind(name: str, **more: Any) -> LayerSpec:
         (kind("softmax_topk"), {"capacity_factor": -1.0}, "factor -1 with capacity_rounding 'ceil': it must be"),
         (kind("softmax_topk"), {"capacity_factor": 0.0}, "it must be above 0 (or use 'tutel')"),
         (kind("noisy_softmax_topk", training=True), {"precision": "bf16"}, "rounding to bf16 flips choices"),
+        (
+            kind("softmax_topk"),
+            {"precision": "bf16", "capacity_factor": 1.0, "drop_order": "probability"},
+            "rounding to bf16 changes who is dropped by probability",
+        ),
         (kind("cosine"), {"precision": "fp16", "traffic": "router"}, "which takes x as it comes; fp32 can be run"),
     ],
     ids=str,
