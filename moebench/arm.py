@@ -180,7 +180,11 @@ def twin(bench: Bench, precision: str) -> Bench:
     tokens = min(problem.tokens, TWIN_TOKENS)
     reduced = replace(problem, layer=small, tokens=tokens)
     weights = make_weights(small, precision, "cpu", problem.seed)
-    if can_impose(small) and not coupled(layer):
+    # What says which experts are chosen, and does not depend on the widths, stays the full layer's.
+    full = {name: value.cpu() for name, value in bench.weights.gate.items()}
+    kept = {name: value for name, value in full.items() if value.shape == weights.gate[name].shape}
+    weights = replace(weights, gate=weights.gate | kept)
+    if can_impose(small) and all(isinstance(draw.routing, TopK) for draw in bench.draws) and not coupled(layer):
         draws = tuple(_twin_draw(draw, small, weights, tokens, index) for index, draw in enumerate(bench.draws))
     else:  # its choices are its own: of these hidden states, or of all tokens together
         draws = make_draws(reduced, weights)
@@ -194,7 +198,7 @@ def _twin_draw(draw: Draw, small: LayerSpec, weights: Weights, tokens: int, inde
     upstream = torch.randn(tokens, small.hidden_size, generator=generator)
     dense_x = None if draw.dense_x is None else torch.randn(x.shape, generator=generator)
     full = draw.routing
-    assert isinstance(full, TopK)  # the other forms are coupled
+    assert isinstance(full, TopK)
     ids, gates = full.wanted_ids[:tokens], full.wanted_weights[:tokens]
     logits = None if full.logits is None else full.logits[:tokens]
     if logits is not None:

@@ -15,7 +15,7 @@ from moebench import providers
 from moebench.catalogue.models import resolve_layer
 from moebench.catalogue.names import nearest
 from moebench.catalogue.routers import ROUTERS, is_file
-from moebench.catalogue.spec import ACTIVATIONS
+from moebench.catalogue.spec import ACTIVATIONS, SHARED_COMBINES
 from moebench.point import (
     DIRECTIONS,
     DROP_ORDERS,
@@ -155,6 +155,10 @@ AXES: dict[str, Axis] = {
     "router_mode": Axis(read_name(ROUTER_MODES), "layer"),
     "groups": Axis(read_whole(1), "layer", number=True),
     "topk_groups": Axis(read_whole(1), "layer", number=True),
+    "slots": Axis(read_whole(1), "layer", number=True),
+    "shared_combine": Axis(read_name(SHARED_COMBINES), "layer"),
+    "shared_experts": Axis(read_whole(0), "layer", number=True),
+    "shared_ffn_size": Axis(read_whole(0), "layer", number=True),
     "tokens": Axis(read_whole(1), "problem", number=True),
     "traffic": Axis(read_traffic, "problem"),
     "direction": Axis(read_name(DIRECTIONS), "problem"),

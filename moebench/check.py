@@ -170,13 +170,14 @@ def _check_gradients(case: Case, weights: Weights, answer: Answer, pick: Tensor)
     inputs, grads = answer.inputs, answer.grads
     key = ("gradients", case.scope, case.capacity)
     d_x, d_weights = answer.once(key, lambda: _token_gradients(case, weights, answer, pick))
-    found = [("x", errors_of(_grad(grads, "x")[pick], d_x))]
+    found = [("x", errors_of(_grad(grads, "x")[pick], d_x))] if bool(d_x.any()) or "x" in grads else []
     if case.scope == "experts" and inputs.combine is None:
         rows = pick if inputs.token is None else slice(None)
         kept = inputs.ids[rows] >= 0  # what a dropped assignment's weight would earn is nobody's business
         if inputs.token is not None:
             kept = kept & torch.isin(inputs.token, pick).unsqueeze(1)
-        found.append(("weights", errors_of(_grad(grads, "weights")[rows] * kept, d_weights * kept)))
+        if bool(kept.any()):
+            found.append(("weights", errors_of(_grad(grads, "weights")[rows] * kept, d_weights * kept)))
     return found + _check_expert_gradients(case, weights, answer)
 
 
@@ -189,7 +190,8 @@ def _token_gradients(case: Case, weights: Weights, answer: Answer, pick: Tensor)
     rows = inputs.weights if inputs.token is not None or inputs.combine is not None else inputs.weights[pick]
     given = rows.detach().double().requires_grad_()
     y = reference(case, weights, answer, x, pick, inputs.choice, None if case.scope == "layer" else given)
-    y.backward(inputs.upstream[pick].double())
+    if y.requires_grad:  # not where no expert took any token
+        y.backward(inputs.upstream[pick].double())
     return _present(leaf), _present(given)
 
 
@@ -198,6 +200,8 @@ def _check_expert_gradients(case: Case, weights: Weights, answer: Answer) -> lis
     kept = inputs.ids[(inputs.ids >= 0) & (inputs.ids < case.layer.routed_experts)]
     counts = torch.bincount(kept, minlength=case.layer.routed_experts)
     idle = (counts == 0).nonzero().flatten()
+    if len(idle) == len(counts):
+        names = tuple(name for name in names if name in answer.grads)  # nothing is owed to experts that nobody chose
     for name in names:
         if len(idle) and bool((_grad(answer.grads, name)[idle] != 0).any()):
             raise Wrong(f"the gradient of {name} is not zero for experts that no token chose")

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 COLUMNS = {
     "models": ("id", "year", "experts", "top_k", "hidden", "ffn", "moe_layers", "total", "active", "router", "state"),
     "providers": ("name", "role", "state", "version", "summary", "reason"),
-    "routers": ("name", "rule", "source", "balance", "causal", "capacity"),
+    "routers": ("name", "rule", "source", "balance", "causal", "capacity", "published_capacity"),
     "suites": ("name", "points_cpu", "points_cuda", "question"),
     "hardware": ("name", "vendor", "bf16_dense_tflops", "mem_gb", "mem_bw_gbs", "power_w", "usd_per_gpu_hour",
                  "price_basis"),
@@ -76,6 +76,7 @@ def _router(name: str, info: RouterInfo) -> Row:
         "balance": info.balance,
         "causal": {"inference": "in inference"}.get(info.causal, info.causal),
         "capacity": info.capacity or "as the point says",
+        "published_capacity": info.published or None,
         "form": info.form,
         "weights_sum": info.weights,
         "top_k": "any" if info.picks is None else "E" if info.picks == "all" else info.picks,

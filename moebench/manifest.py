@@ -70,7 +70,7 @@ def require_same(before: Manifest, suite: Suite, options: Options, hello: Reply,
     """
     changed = []
     if before.suite_hash != _suite_hash(suite, options):
-        changed.append("the suite file, its overrides, --shard or --check-only")
+        changed.append("the suite file, a router file or trace it names, its overrides, --shard or --check-only")
     if before.device != hello["device"]:
         changed.append(f"the device ({before.device} then, {hello['device']} now)")
     for name, facts in providers.items():

@@ -57,7 +57,8 @@ def _sigmoid(z: Tensor) -> Tensor:
 
 def _standardised(z: Tensor) -> Tensor:
     centred = z - z.mean(1, keepdim=True)
-    return _softmax(centred / (centred.square().sum(1, keepdim=True) / (z.shape[1] - 1)).sqrt())
+    variance = centred.square().sum(1, keepdim=True) / max(1, z.shape[1] - 1)
+    return _softmax(centred / variance.sqrt().clamp(min=1e-300))
 
 
 _SCORES: dict[str, Callable[[Tensor], Tensor]] = {

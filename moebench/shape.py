@@ -22,6 +22,7 @@ DEFAULT_LIMIT = 10.0  # DeepSeek-V4's
 # Routers whose groups limit what a token may choose; elsewhere groups are nodes or domains.
 LIMITED = ("sigmoid_bias", "sqrt_softplus_bias", "softmax_bias", "group_limited", "group_limited_sum2",
            "hierarchical_noisy_topk")  # fmt: skip
+PLACED = ("locality_bias", "domain_random")  # whose groups say where an expert is, not what may be chosen
 
 Layer = dict[str, Any]
 
@@ -52,9 +53,23 @@ def effective(axes: Mapping[str, Any]) -> Layer | str:
         "groups": axes.get("groups", router.groups),
         "topk_groups": axes.get("topk_groups", min(router.topk_groups, axes.get("groups", router.groups))),
     }
+    layer |= {"slots": axes.get("slots", router.slots), **_shared(axes, base, ffn)}
     if ffn % split:
         return f"granularity {split} does not divide expert_ffn_size {ffn}"
     return impossible(layer) or layer
+
+
+def _shared(axes: Mapping[str, Any], base: LayerSpec | None, ffn: int) -> Layer:
+    """The always-on experts: the preset's, or where only their form is named one as wide as a routed expert."""
+    combine = axes.get("shared_combine") or (base.shared_combine if base else "none")
+    own = base is not None and base.shared_experts > 0
+    count = axes.get("shared_experts", base.shared_experts if base and own else int(combine != "none"))
+    width = axes.get("shared_ffn_size", base.shared_ffn_size if base and own else ffn if count else 0)
+    if "shared_combine" in axes and combine == "none":
+        count = width = 0
+    if count and combine == "none":
+        combine = "add"
+    return {"shared_combine": combine, "shared_experts": count, "shared_ffn_size": width}
 
 
 def impossible(layer: Layer) -> str | None:
@@ -62,19 +77,26 @@ def impossible(layer: Layer) -> str | None:
     E, K, kind, groups = layer["experts"], layer["top_k"], layer["router"], layer["groups"]
     if K > E:
         return f"top_k {K} is more than {E} experts"
+    shared = (layer["shared_experts"] > 0, layer["shared_ffn_size"] > 0, layer["shared_combine"] != "none")
+    if len(set(shared)) > 1:
+        return "shared_experts and shared_ffn_size are 0 where shared_combine is 'none', and only there"
+    if layer["slots"] > 1 and kind != "soft_moe":
+        return f"router {kind!r} has no slots"
     fixed = needed_picks(kind, E)
     if fixed is not None and fixed != K:
         return f"router {kind!r} picks {fixed}, not {K}"
-    if groups == 1:
-        return None
-    if E % groups:
-        return f"{E} experts do not fall into {groups} groups"
     if layer["topk_groups"] > groups:
         return f"topk_groups {layer['topk_groups']} is more than {groups} groups"
+    if groups == 1:
+        return None
+    if kind not in (*LIMITED, *PLACED):
+        return f"router {kind!r} has no groups"
+    if E % groups:
+        return f"{E} experts do not fall into {groups} groups"
     if kind == "hierarchical_noisy_topk" and K % layer["topk_groups"]:
         return f"router {kind!r} picks as many of each of its {layer['topk_groups']} groups, and {K} does not divide"
-    if kind not in LIMITED and layer["topk_groups"] == 1:
-        return None  # groups that say where an expert is, not what may be chosen
+    if kind in PLACED:
+        return None
     reach = layer["topk_groups"] * E // groups
     return f"top_k {K} is more than the {reach} experts in {layer['topk_groups']} groups" if reach < K else None
 
@@ -91,6 +113,7 @@ def build(layer: Layer) -> tuple[str, LayerSpec]:
         training=layer["router_mode"] == "training",
         groups=layer["groups"],
         topk_groups=layer["topk_groups"],
+        slots=layer["slots"],
     )
     activation = layer["activation"]
     shape = {
@@ -100,7 +123,16 @@ def build(layer: Layer) -> tuple[str, LayerSpec]:
         "routed_experts": layer["experts"],
         "top_k": layer["top_k"],
         "router": router,
+        "shared_combine": layer["shared_combine"],
+        "shared_experts": layer["shared_experts"],
+        "shared_ffn_size": layer["shared_ffn_size"],
     }
+    if (
+        base is not None
+        and base.shared_activation is not None
+        and (activation != base.activation or not layer["shared_experts"])
+    ):
+        shape["shared_activation"] = None
     if base is None:
         return CUSTOM, LayerSpec(layer["hidden_size"], **shape)
     spec = replace(base, **shape)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from moebench.catalogue.gate import CONTEXT_WIDTH
+from moebench.catalogue.gate import CONTEXT_WIDTH, WELL_CONDITIONED
 from moebench.catalogue.routers import imposable, is_causal, router_info
 from moebench.catalogue.spec import LayerSpec
 from moebench.point import DRAWS, Capacity, Problem, base_precision
@@ -157,8 +157,9 @@ def make_draw(problem: Problem, weights: Weights, index: int) -> Draw:
     if _loose(layer):
         x = robust(layer, x, gate, side, generator)
     seed = seed_of(problem.seed, "routing", index)
-    routing = route_problem(Demand(layer, traffic, x, gate, side, seed, problem.seed, index))
-    if can_impose(layer) and routing.logits is not None:
+    movable = can_impose(layer)
+    routing = route_problem(Demand(layer, traffic, x, gate, side, movable, seed, problem.seed, index))
+    if movable and routing.logits is not None:
         shift = gate.get("logit_bias", torch.zeros(()))
         x = impose_logits(x, gate["router"], routing.logits - shift).float()
     return Draw(x, routing, upstream, side, dense_x)
@@ -168,7 +169,7 @@ def _loose(layer: LayerSpec) -> bool:
     """Whether near ties of the router's choice can be drawn again, and not settled by moving x."""
     info = router_info(layer.router.kind)
     alone = is_causal(layer.router, Capacity())
-    return alone and info.form == "TopK" and not imposable(layer.router) and not info.side
+    return alone and info.form == "TopK" and not can_impose(layer) and not info.side
 
 
 def _draw_side(layer: LayerSpec, traffic: Traffic, tokens: int, generator: torch.Generator) -> Side:
@@ -189,7 +190,7 @@ def _on_host(value: Tensor) -> Tensor:
 def can_impose(layer: LayerSpec) -> bool:
     """Whether hidden states can be moved so that the layer's router makes chosen choices."""
     choices = layer.routed_experts + layer.router.zero_experts
-    return imposable(layer.router) and choices <= layer.hidden_size
+    return imposable(layer.router) and choices <= WELL_CONDITIONED * layer.hidden_size
 
 
 def make_inputs(draw: Draw, capacity: Capacity, precision: str, device: str, *, backward: bool) -> Inputs:

@@ -28,8 +28,9 @@ ROUTER_KINDS = {
     "softmax top-2, all second experts kept": ("softmax_topk", False),
     'softmax top-2, second policy "all"; optional conditional MoE routing (CMR) gate': ("softmax_topk", False),
     "softmax; top-1 switch (gate value scales output)": ("switch_top1", False),
-    # The released 32- and 64-expert configurations keep Tutel's linear gate; the cosine ones are separate files.
-    "softmax top-1, linear or cosine gate (Tutel)": ("switch_top1", False),
+    # The released 32- and 64-expert configurations keep Tutel's linear gate, whose noise in training is V-MoE's; the
+    # cosine ones are separate files.
+    "softmax top-1, linear or cosine gate (Tutel)": ("noisy_softmax_topk", False),
     "noisy top-k (Gaussian noise std 1/E added to logits; softmax then top-k)": ("noisy_softmax_topk", False),
     # All three LLaMA-MoE models are of one released code, whose gate has two layers.
     "noisy top-k balanced gate": ("noisy_topk_tanh", False),
@@ -98,8 +99,9 @@ EXPERT_BIASES = (
     "swin-moe-s-64", "swin-moe-b-32", "moe-llava-phi2",
 )  # fmt: skip
 # The table leaves these open. Weights keep the softmax values: OpenMoE trains in flaxformer, whose token-choice
-# router does not renormalise; Yuan's rule is a softmax over its picks anyway; Skywork's report leaves it open.
-NORMALISE_OPEN = ("openmoe-8b", "openmoe-34b", "skywork-moe-146b", "yuan2-m32")
+# router does not renormalise; Yuan's rule is a softmax over its picks anyway. Skywork's report leaves it open, and the
+# port of its model in serving code divides by the sum.
+NORMALISE_OPEN = {"openmoe-8b": False, "openmoe-34b": False, "skywork-moe-146b": True, "yuan2-m32": False}
 # Scales the table does not give. NLLB masked a fifth of its experts' outputs in training; its inference multiplies all
 # of them by the rest.
 SCALES = {"nllb-moe-54b": 0.8}
@@ -236,7 +238,7 @@ def _router(row: Mapping[str, str]) -> RouterSpec:
         raise KeyError(f"models.csv: {row['id']} does not say whether its weights are normalised")
     return RouterSpec(
         kind=kind,
-        normalise=bool(normalise),
+        normalise=NORMALISE_OPEN[row["id"]] if normalise is None else normalise,
         scale=float(row["routed_scaling_factor"] or SCALES.get(row["id"], 1.0)),
         groups=int(row["routing_groups"] or 1),
         topk_groups=int(row["topk_groups"] or 1),

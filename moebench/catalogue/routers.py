@@ -25,6 +25,7 @@ class RouterInfo:
         make: the same, from hidden states to Scores.
         balance: what keeps its experts evenly loaded.
         capacity: its own word on capacity; "" where the point's capacity rule applies.
+        published: the capacity rule it was published with, where the point's applies.
         causal: "yes", "no", or "inference": whether a token's route ignores later tokens.
         form: the Routing it gives.
         weights: what a token's weights sum to: "1", "scale" (the router's scale), "free".
@@ -42,6 +43,7 @@ class RouterInfo:
     make: str = "scores:linear"
     balance: str = "auxiliary loss"
     capacity: str = ""
+    published: str = ""
     causal: str = "yes"
     form: str = "TopK"
     weights: str = "free"
@@ -75,12 +77,12 @@ ROUTERS: dict[str, RouterInfo] = {
     "switch_top1": RouterInfo(
         "top-1 of softmax(z); its value scales the output; in training x is jittered by U(0.99, 1.01)",
         "Switch, arXiv 2101.03961", "scored:softmax_topk", make="noisy:jittered", picks=1, noise=True,
-        capacity="ceil(CF T/E), CF 1.25 in training, 2 in evaluation",
+        published="ceil(CF T/E), CF 1.25 in training, 2 in evaluation",
     ),
     "gshard_top2": RouterInfo(
         "top-2 of softmax(z), renormalised over the pair; in training the second is kept if 2 g2 > U(0,1)",
         "GShard, arXiv 2006.16668", "noisy:gshard_top2", weights="1", picks=2, noise=True,
-        capacity="2T/E, first choices before second ones",
+        published="2T/E, first choices before second ones",
     ),
     "gumbel_top2": RouterInfo(
         "first of softmax(z), second of z + Gumbel noise in training; the two softmax values renormalised",
@@ -99,12 +101,13 @@ ROUTERS: dict[str, RouterInfo] = {
     "noisy_softmax_topk": RouterInfo(
         "top-k of softmax(z + N(0, 1/E^2)); no noise in inference", "V-MoE, arXiv 2106.05974",
         "noisy:noisy_softmax_topk", balance=f"{_NOISY}, 0.005 each", noise=True,
-        capacity="ceil(CF kT/E) rounded up to 4, CF 1.05; batch priority",
+        published="ceil(CF kT/E) rounded up to 4, CF 1.05; batch priority",
     ),
     "batch_mask": RouterInfo(
         "in training each expert keeps its kT/E highest softmax(z) of the batch, renormalised by token; "
         "in inference those over a learned threshold", "Shazeer 2017, arXiv 1701.06538, appendix F",
-        "expert_choice:batch_mask", balance="by construction in training", capacity="exactly kT/E in training",
+        "expert_choice:batch_mask", balance="by construction in training",
+        capacity="kT/E, rounded to nearest, in training",
         causal="inference", form="Ragged", weights="1", gate=("thresholds",),
     ),
     "sigmoid_topk": RouterInfo(
@@ -153,7 +156,7 @@ ROUTERS: dict[str, RouterInfo] = {
     ),
     "recycle_top1": RouterInfo(
         "softmax top-1; tokens over capacity go to random experts with room", "Hunyuan-Large, arXiv 2411.02265",
-        "scored:softmax_topk", picks=1, capacity="drop order 'reroute'",
+        "scored:softmax_topk", picks=1, published="drop order 'reroute'",
     ),
     "sparsemixer": RouterInfo(
         "per pick a softmax over the logits near the largest (1 - z/max <= 2 jitter); sampled in training",
@@ -171,7 +174,7 @@ ROUTERS: dict[str, RouterInfo] = {
         "scored:softmax_topk", make="projected:cosine", imposable=False, gate=("project", "temperature"),
     ),
     "attention": RouterInfo(
-        "P = softmax(q k^T) v over the experts; top-k of softmax(P)", "Yuan 2.0-M32, arXiv 2405.17976",
+        "P = softmax(q k^T) v over the experts; softmax over the k largest P", "Yuan 2.0-M32, arXiv 2405.17976",
         "scored:topk_softmax", make="projected:attention", balance=_NONE, weights="scale", imposable=False,
         gate=("key", "value"),
     ),
@@ -217,13 +220,14 @@ ROUTERS: dict[str, RouterInfo] = {
     # Expert choice and assignment.
     "expert_choice": RouterInfo(
         "softmax(z) over experts; each expert takes its kT/E best tokens", "Expert choice, arXiv 2202.09368",
-        "expert_choice:expert_choice", balance="by construction", capacity="exactly kT/E; tokens may get none",
+        "expert_choice:expert_choice", balance="by construction",
+        capacity="kT/E, rounded to nearest; tokens may get none",
         causal="no", form="Ragged",
     ),
     "expert_choice_mesh": RouterInfo(
         "softmax(z) over tokens; each expert takes its kT/E best; divided by the experts that hit the token",
         "Mesh TensorFlow", "expert_choice:expert_choice_mesh", balance="by construction",
-        capacity="exactly kT/E; tokens may get none", causal="no", form="Ragged",
+        capacity="kT/E, rounded to nearest; tokens may get none", causal="no", form="Ragged",
     ),
     "base": RouterInfo(
         "in training the assignment with the largest sum of z, T/E tokens an expert; greedy top-1 in inference; "
@@ -252,7 +256,7 @@ def router_info(kind: str) -> RouterInfo:
         ValueError: no such router.
     """
     if is_file(kind):
-        return RouterInfo("a user's function of the logits", kind, kind, balance="not known", capacity="")
+        return RouterInfo("a user's function of the logits", kind, kind, balance="not known", causal="not known")
     if kind not in ROUTERS:
         raise ValueError(f"router {kind!r} is not known; `moebench list routers` shows all")
     return ROUTERS[kind]
@@ -272,13 +276,15 @@ def imposable(spec: RouterSpec) -> bool:
 
 
 def is_causal(spec: RouterSpec, capacity: Capacity) -> bool:
-    """Whether later tokens can change no token's experts: neither by its router, nor by who is dropped.
+    """Whether later tokens can change no token's experts: neither by its router, nor by who is dropped. At a fixed T.
 
-    First come by position is the one order in which a later token takes nobody's slot.
+    First come by position is the one order in which a later token takes nobody's slot (the number of slots grows with
+    T in any order). False for a user's function, of which nobody knows.
     """
     causal = router_info(spec.kind).causal
     alone = causal == "yes" or (causal == "inference" and not spec.training)
-    return alone and (capacity.factor == "dropless" or capacity.order == "position")
+    dropless = capacity.factor == "dropless" or float(capacity.factor) == 0
+    return alone and (dropless or capacity.order == "position")
 
 
 def needed_picks(kind: str, routed_experts: int) -> int | None:

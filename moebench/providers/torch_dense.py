@@ -31,8 +31,9 @@ def experts(
 
 
 def rows_executed(case: Case, counts: Tensor) -> float:
-    """All E experts on all T tokens."""
-    return float(case.tokens * case.layer.routed_experts)
+    """All E experts on all T tokens, or on all rows of a Ragged or a Mix."""
+    rows = case.tokens if case.form == "TopK" else float(counts.sum())
+    return float(rows * case.layer.routed_experts)
 
 
 PROVIDER = ExpertsProvider("torch-dense", experts, flops_executed=rows_executed, biases=True)

@@ -73,7 +73,7 @@ def kept_rows(case: Case, counts: Tensor) -> float:
 
 def all_rows(case: Case, counts: Tensor) -> float:
     """batched_mm runs dropped assignments too, with weight 0."""
-    return float(case.tokens * case.layer.top_k)
+    return float(case.tokens * case.layer.top_k) if case.form == "TopK" else float(counts.sum())
 
 
 def _provider(name: str, implementation: str, **declared: Any) -> Any:

@@ -36,6 +36,9 @@ FUSED: dict[str, dict[str, str]] = {
     "cosine": {},
     "topk_softmax": {"order": "topk_first"},
     "attention": {"order": "topk_first"},
+    "noisy_topk": {"order": "topk_first"},
+    "noisy_topk_tanh": {"order": "topk_first"},
+    "noisy_softmax_topk": {},
     "softmax_bias": {},
     "softmax_bias_zero": {},
     "group_limited": {"group_score": "max"},
@@ -53,7 +56,8 @@ def fused(layer: LayerSpec) -> bool:
     spec, E = layer.router, layer.routed_experts + layer.router.zero_experts
     fits = layer.top_k <= 64 and E <= 4096
     pairs = spec.groups == 1 or FUSED.get(spec.kind, {}).get("group_score") != "top2_sum" or E // spec.groups >= 2
-    return spec.kind in FUSED and fits and pairs
+    noisy = spec.training and spec.kind.startswith("noisy")  # the noise is added in PyTorch, before anything is chosen
+    return spec.kind in FUSED and fits and pairs and not noisy
 
 
 def gate(x: Tensor, gate: Mapping[str, Tensor], case: Case, side: Side) -> Routing:

@@ -41,7 +41,8 @@ def base(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
 def sinkhorn(scores: Scores, spec: RouterSpec, top_k: int) -> TopK:
     """S-BASE (arXiv 2202.01169) as Megatron-LM has it; nearly balanced, not exactly."""
     z = scores.logits.clamp(-LARGEST, LARGEST)
-    choice = sinkhorn_scores(z) if spec.training else z.detach()
+    # Of one token every expert has the same share: normalising leaves nothing to choose by.
+    choice = sinkhorn_scores(z) if spec.training and len(z) > 1 else z.detach()
     ids = choice.topk(top_k, dim=1).indices
     weights = torch.sigmoid(z.gather(1, ids)) if top_k == 1 else torch.softmax(z, dim=1).gather(1, ids)
     return top_k_routing(ids, renormalised(weights, spec), z.shape[1], scores.logits)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moebench.catalogue.gate import VOCABULARY
-from moebench.catalogue.routers import imposable, router_info
+from moebench.catalogue.routers import imposable, is_causal, router_info
 from moebench.catalogue.spec import LayerSpec
 from moebench.point import Capacity
 from moebench.routing.capacity import apply_capacity, capacity_slots
 from moebench.routing.forms import Routing, TopK, top_k_routing
-from moebench.routing.logits import impose, steady
+from moebench.routing.logits import ORDERED, impose, steady
 from moebench.routing.patterns import choose_experts
 from moebench.routing.route import make_scores, route
 from moebench.routing.scores import Scores, Side
 from moebench.traffic import Traffic
 
 SHAKE, ROUNDS = 1e-4, 8
+LOGIT_SHAKE = 0.005  # about what rounding a hidden state to bfloat16 moves a logit
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Demand:
         x: float32 [T, D], before any choice is imposed on it.
         gate: the gate's weights by name, float32.
         side: what else the router looks at.
+        movable: whether x will be moved to the logits of the routing.
         seed: of everything random in this draw.
         trace_seed: where a trace's windows start, the same for all draws.
         draw: which of the rotating draws it is; a trace gives each another window.
@@ -42,6 +45,7 @@ class Demand:
     x: Tensor
     gate: Mapping[str, Tensor]
     side: Side
+    movable: bool
     seed: int
     trace_seed: int = 0
     draw: int = 0
@@ -53,15 +57,14 @@ def route_problem(demand: Demand) -> Routing:
     Raises:
         ValueError: the traffic cannot be had with this layer, or a trace does not fit it; one line.
     """
-    layer, traffic, movable = demand.layer, demand.traffic, imposable(demand.layer.router)
+    layer, traffic = demand.layer, demand.traffic
     if traffic.pattern == "router" or "token_ids" in router_info(layer.router.kind).side:
         routing = route(layer, make_scores(layer, demand.x, demand.gate, demand.side))
-        return _settled(demand, routing.logits) if movable and routing.logits is not None else routing
+        return _settled(demand, routing.logits) if demand.movable and routing.logits is not None else routing
     ids, weights = _chosen(demand)
-    if not movable:
+    if not imposable(layer.router):
         return top_k_routing(ids, weights, layer.routed_experts)
-    generator = torch.Generator().manual_seed(demand.seed)
-    return _settled(demand, impose(layer, ids, demand.gate.get("selection_bias"), generator))
+    return _settled(demand, _imposed(demand, ids))
 
 
 def robust(layer: LayerSpec, x: Tensor, gate: Mapping[str, Tensor], side: Side, generator: torch.Generator) -> Tensor:
@@ -88,10 +91,9 @@ def _chosen(demand: Demand) -> tuple[Tensor, Tensor]:
     if demand.traffic.pattern == "trace":
         from moebench.routing.replay import replay
 
-        assert demand.traffic.path is not None
-        at = demand.traffic.trace_layer
+        path, at = str(Path(str(demand.traffic.path)).expanduser()), demand.traffic.trace_layer
         experts = layer.routed_experts + layer.router.zero_experts
-        return replay(demand.traffic.path, at, tokens, demand.draw, demand.trace_seed, layer.top_k, experts)
+        return replay(path, at, tokens, demand.draw, demand.trace_seed, layer.top_k, experts)
     generator = torch.Generator().manual_seed(demand.seed)
     choices = layer.routed_experts + layer.router.zero_experts
     grouped = (layer.router.groups, layer.router.topk_groups) if imposable(layer.router) else (1, 1)
@@ -99,11 +101,39 @@ def _chosen(demand: Demand) -> tuple[Tensor, Tensor]:
     return ids, torch.softmax(torch.randn(ids.shape, generator=generator), dim=-1) * layer.router.scale
 
 
+def _imposed(demand: Demand, ids: Tensor) -> Tensor:
+    try:
+        return impose(demand.layer, ids, demand.gate.get("selection_bias"), _generator(demand))
+    except ValueError as error:  # a trace that reaches more groups than the layer may
+        raise NotImplementedError(str(error)) from None
+
+
 def _settled(demand: Demand, logits: Tensor) -> Routing:
     """The routing of these logits once every choice has its margin."""
     scores = _scores(demand, logits)
-    settled = steady(logits, lambda z: route(demand.layer, replace(scores, logits=z)))
-    return route(demand.layer, replace(scores, logits=settled))
+
+    def decided(z: Tensor) -> Routing:
+        return route(demand.layer, replace(scores, logits=z))
+
+    settled = steady(logits, decided)
+    routing = decided(settled)
+    if not isinstance(routing, TopK) or not is_causal(demand.layer.router, Capacity()):
+        return routing
+    # A token whose groups or picks still hang on a rounding gets logits that were made for the same picks.
+    shaken = decided(settled + LOGIT_SHAKE * torch.randn(settled.shape, generator=_generator(demand)))
+    assert isinstance(shaken, TopK)
+    same = routing.ids == shaken.ids
+    if demand.layer.top_k > ORDERED:
+        same = routing.ids.sort(dim=1).values == shaken.ids.sort(dim=1).values
+    loose = ~same.all(dim=1) & (routing.ids >= 0).all(dim=1)
+    if bool(loose.any()):
+        settled = settled.clone()
+        settled[loose] = _imposed(demand, routing.ids[loose])
+    return decided(settled)
+
+
+def _generator(demand: Demand) -> torch.Generator:
+    return torch.Generator().manual_seed(demand.seed)
 
 
 def _scores(demand: Demand, logits: Tensor) -> Scores:

@@ -13,7 +13,7 @@ from moebench.routing.forms import Ragged, Routing, TopK
 # Gap between neighbours around the k-th place: bfloat16 rounding of a hidden state moves a
 # logit of unit scale by about 0.004, so no rounding can flip a choice.
 MARGIN = 0.05
-ROUNDS = 4
+ROUNDS, ORDERED = 4, 16
 # Selection scores of a router with a bias or groups, by what the token does with an expert: so far apart that neither
 # the two best of another group nor any rounding reaches a chosen one.
 CHOSEN, PASSED_OVER, OUT_OF_REACH = (0.55, 0.85), (0.35, 0.5), (0.1, 0.3)
@@ -105,26 +105,31 @@ def steady(logits: Tensor, decide: Callable[[Tensor], Routing]) -> Tensor:
     Rounding then cannot flip the choice, in any router: of a row's k-th place, of an expert's last slot, of an
     assignment. After `ROUNDS` the last ones stand.
     """
-    chosen = chosen_mask(decide(logits), logits)
+    chosen = lifts(decide(logits), logits)
     for _ in range(ROUNDS):
         logits = logits + MARGIN * chosen
-        again = chosen_mask(decide(logits), logits)
+        again = lifts(decide(logits), logits)
         if torch.equal(again, chosen):
             break
         chosen = again
     return logits
 
 
-def chosen_mask(routing: Routing, logits: Tensor) -> Tensor:
-    """Which of [T, E] the router chose, before any dropping; all False for a Mix, which chooses nothing."""
-    mask = torch.zeros(logits.shape, dtype=torch.bool)
+def lifts(routing: Routing, logits: Tensor) -> Tensor:
+    """How many margins each of [T, E] is to be raised: 1 for what was chosen, up to K for a token's first of K picks.
+
+    Drop orders ask which pick came first. Of more than `ORDERED` picks the order is left to chance, as logits would be
+    moved too far.
+    """
+    lift = torch.zeros(logits.shape)
     if isinstance(routing, TopK):
         token, pick = (routing.wanted_ids >= 0).nonzero(as_tuple=True)
-        mask[token, routing.wanted_ids[token, pick]] = True
+        K = routing.wanted_ids.shape[1]
+        lift[token, routing.wanted_ids[token, pick]] = (K - pick).float() if K <= ORDERED else 1.0
     elif isinstance(routing, Ragged):
         token, expert, _ = routing.assignments()
-        mask[token, expert] = True
-    return mask
+        lift[token, expert] = 1.0
+    return lift
 
 
 def impose_logits(x: Tensor, router: Tensor, logits: Tensor) -> Tensor:

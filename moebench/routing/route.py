@@ -13,9 +13,9 @@ from torch import Tensor
 from moebench.catalogue.routers import is_file, needed_picks, router_info
 from moebench.catalogue.spec import LayerSpec
 from moebench.routing.fixed import check_lookup
-from moebench.routing.forms import Routing, top_k_routing
+from moebench.routing.forms import Routing, TopK, top_k_routing
 from moebench.routing.scores import Scores, Side, wide
-from moebench.user_file import function_in_file
+from moebench.user_file import function_in_file, one_line
 
 BOUND = 1e30  # logits beyond count as this; squares and differences of larger ones would overflow float32
 
@@ -43,12 +43,33 @@ def decide(layer: LayerSpec, scores: Scores) -> Routing:
 
 def _users(kind: str, logits: Tensor, top_k: int) -> Routing:
     """A user's function f(logits [T, E], top_k) -> ids int64 [T, K], weights [T, K]."""
-    ids, weights = function_in_file(kind)(logits, top_k)
-    if ids.shape != (len(logits), top_k) or weights.shape != ids.shape:
+    try:
+        found = function_in_file(kind)(logits, top_k)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"router {kind}: {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(value, Tensor) for value in found):
+        raise ValueError(f"router {kind}: returned a {type(found).__name__}; expected two tensors, ids and weights")
+    ids, weights = found
+    wanted = [len(logits), top_k]
+    if [*ids.shape] != wanted or [*weights.shape] != wanted:
+        raise ValueError(f"router {kind}: returned shapes {[*ids.shape]} and {[*weights.shape]}, not {wanted}")
+    if ids.is_floating_point() or not weights.is_floating_point():
         raise ValueError(
-            f"router {kind}: returned shapes {list(ids.shape)} and {list(weights.shape)}, not {[len(logits), top_k]}"
+            f"router {kind}: returned {ids.dtype} ids and {weights.dtype} weights; not integers and floats"
         )
     return top_k_routing(ids.long(), weights, logits.shape[1], logits)
+
+
+def _check_users(layer: LayerSpec, routing: Routing) -> None:
+    """What the experts rely on, of a function that nobody has tested."""
+    assert isinstance(routing, TopK)
+    kind, E, ids = layer.router.kind, layer.routed_experts, routing.ids
+    if bool(((ids < 0) | (ids >= E)).any()):
+        raise ValueError(f"router {kind}: an id is not among 0 to {E - 1}")
+    if bool((ids.sort(dim=1).values.diff(dim=1) == 0).any()):
+        raise ValueError(f"router {kind}: a token has an expert twice")
+    if not bool((routing.weights.isfinite() & (routing.weights >= 0)).all()):
+        raise ValueError(f"router {kind}: a weight is negative, infinite or NaN")
 
 
 def route(layer: LayerSpec, scores: Scores | Tensor) -> Routing:
@@ -63,7 +84,12 @@ def route(layer: LayerSpec, scores: Scores | Tensor) -> Routing:
     given = Scores(scores) if isinstance(scores, Tensor) else scores
     _check(layer, given)
     logits = wide(given.logits).clamp(-BOUND, BOUND)
-    return decide(layer, replace(given, logits=logits))
+    if not is_file(layer.router.kind):
+        return decide(layer, replace(given, logits=logits))
+    # A user's function may mask its logits in place: these are still needed.
+    routing = replace(decide(layer, replace(given, logits=logits.clone())), logits=logits)
+    _check_users(layer, routing)
+    return routing
 
 
 def _check(layer: LayerSpec, scores: Scores) -> None:

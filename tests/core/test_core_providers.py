@@ -119,21 +119,82 @@ def test_no_rounding_flips_a_choice_of_hidden_states_as_they_come(kind: str) -> 
         assert torch.equal(ids.sort(1).values, draw.routing.ids.sort(1).values)
 
 
-@pytest.mark.parametrize("scope", ["gate", "layer", "experts"])
-def test_a_router_of_the_user_s(tmp_path: Path, scope: str) -> None:
-    (tmp_path / "mine.py").write_text(
-        "import torch\n"
-        "def every_other(logits, top_k):\n"
-        "    ids = torch.topk(logits[:, ::2], top_k).indices * 2\n"
-        "    return ids, torch.softmax(logits.gather(1, ids), dim=-1)\n"
-        "def narrow(logits, top_k):\n"
-        "    return torch.topk(logits, 1)[::-1]\n"
-    )
-    layer = layer_of(8, 2, router=router(f"{tmp_path}/mine.py:every_other"))
-    passes("torch-grouped", layer, 40, scope=scope, traffic="zipf:1")
-    assert set(bench_of(layer).draws[0].routing.ids.flatten().tolist()) <= {0, 2, 4, 6}
-    with pytest.raises(ValueError, match=r"narrow: returned shapes \[37, 1\] and \[37, 1\], not \[37, 2\]"):
-        bench_of(layer_of(8, 2, router=router(f"{tmp_path}/mine.py:narrow")))
+USERS = """
+import torch
+def every_other(logits, top_k):
+    ids = torch.topk(logits[:, ::2], top_k).indices * 2
+    return ids, torch.softmax(logits.gather(1, ids), dim=-1)
+def masks_in_place(logits, top_k):
+    logits[:, 1::2] = -torch.inf
+    best = logits.topk(top_k)
+    return best.indices, torch.softmax(best.values, dim=-1)
+def of_the_batch(logits, top_k):
+    best = torch.softmax(logits, dim=0).topk(top_k)
+    return best.indices, best.values
+def narrow(logits, top_k): return logits.topk(1)[1], logits.topk(1)[0]
+def one(logits, top_k): return logits.topk(top_k).indices
+def floats(logits, top_k): return logits.topk(top_k)[0], logits.topk(top_k)[0]
+def far(logits, top_k): return logits.topk(top_k).indices + 7, torch.ones(len(logits), top_k)
+def minus(logits, top_k): return logits.topk(top_k).indices - 8, torch.ones(len(logits), top_k)
+def twice(logits, top_k): return logits.topk(1).indices.repeat(1, top_k), torch.ones(len(logits), top_k)
+def nan(logits, top_k): return logits.topk(top_k).indices, torch.full((len(logits), top_k), float("nan"))
+def leaves(logits, top_k): raise SystemExit(3)
+"""
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(USERS)
+    return tmp_path / "mine.py"
+
+
+@pytest.mark.parametrize("function", ["every_other", "masks_in_place", "of_the_batch"])
+def test_a_router_of_the_user_s(users: Path, function: str) -> None:
+    layer = layer_of(8, 2, router=router(f"{users}:{function}"))
+    for scope in ("gate", "layer", "experts"):
+        passes("torch-grouped", layer, 300, scope=scope, traffic="router")
+    passes("torch-loop", layer, 40, scope="layer", traffic="zipf:1", direction="forward_backward")
+    if function != "of_the_batch":
+        assert set(bench_of(layer).draws[0].routing.ids.flatten().tolist()) <= {0, 2, 4, 6}
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("narrow", r"returned shapes \[37, 1\] and \[37, 1\], not \[37, 2\]"),
+        ("one", "returned a Tensor; expected two tensors, ids and weights"),
+        ("floats", "returned torch.float32 ids and torch.float32 weights; not integers and floats"),
+        ("far", "an id is not among 0 to 7"),
+        ("minus", "an id is not among 0 to 7"),
+        ("twice", "a token has an expert twice"),
+        ("nan", "a weight is negative, infinite or NaN"),
+        ("leaves", "SystemExit: 3"),
+    ],
+)
+def test_a_wrong_router_of_the_user_s_is_named_before_anybody_runs(users: Path, function: str, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"^router .*mine.py:{function}: {words}$"):
+        bench_of(layer_of(8, 2, router=router(f"{users}:{function}")))
+
+
+def test_what_is_executed_of_gathered_and_blended_rows() -> None:
+    row = 2 * layer_of().expert_params()
+    taken = case(layer=layer_of(8, 2, router=router("expert_choice")), tokens=20)
+    counts = torch.full((8,), 5)
+    assert load("torch-dense").executed_flops(taken, counts) == 8 * 40 * row
+    assert load("torch-grouped").executed_flops(taken, counts) == 40 * row
+    assert load("torch-dense").executed_flops(case(tokens=20), counts) == 8 * 20 * row
+
+
+@pytest.mark.parametrize(
+    "kind", ["sinkhorn", "batch_mask", "base", "expert_choice", "sparsemixer", "softmax_bias_zero"]
+)
+def test_one_token(kind: str) -> None:
+    picks, zero = needed_picks(kind, 4) or 1, {"zero_experts": 4} if kind == "softmax_bias_zero" else {}
+    for mode in (False, True):
+        for seed in range(4):
+            layer = layer_of(4, picks, router=router(kind, training=mode, **zero))
+            for direction in ("forward", "forward_backward"):
+                passes("torch-loop", layer, 1, scope="layer", traffic="router", direction=direction, seed=seed)
 
 
 @pytest.mark.parametrize("order", DROP_ORDERS)

@@ -12,7 +12,7 @@ from moebench.catalogue.models import models
 from moebench.catalogue.routers import needed_picks, router_info
 from moebench.catalogue.spec import LayerSpec
 from moebench.point import Problem, Variant
-from moebench.refusal import NEEDS_ROUTER, WELL_CONDITIONED, refusal
+from moebench.refusal import FINE, NEEDS_ROUTER, WELL_CONDITIONED, refusal
 from moebench.routing import route
 from moebench.weights import DTYPES, make_weights
 from moebench.workload import make_draw
@@ -39,7 +39,7 @@ def kind(name: str, **more: Any) -> LayerSpec:
         (kind("soft_moe"), {"scope": "experts"}, "no experts that traffic 'balanced' could ask for; use 'router'"),
         (kind("hash"), {"traffic": "active:0.5@4"}, "'hash' chooses by token id; traffic balanced, uniform, zipf and"),
         (kind("hash"), {"traffic": "trace:file"}, "router 'hash' chooses by token id"),
-        (kind("expert_choice"), {"capacity_factor": 1.0}, "a capacity of its own (exactly kT/E; tokens may get none)"),
+        (kind("expert_choice"), {"capacity_factor": 1.0}, "a capacity of its own (kT/E, rounded to nearest; tokens"),
         (kind("softmax_topk"), {"capacity_factor": -1.0}, "factor -1 with capacity_rounding 'ceil': it must be"),
         (kind("softmax_topk"), {"capacity_factor": 0.0}, "it must be above 0 (or use 'tutel')"),
         (kind("noisy_softmax_topk", training=True), {"precision": "bf16"}, "rounding to bf16 flips choices"),
@@ -48,6 +48,8 @@ def kind(name: str, **more: Any) -> LayerSpec:
             {"precision": "bf16", "capacity_factor": 1.0, "drop_order": "probability"},
             "rounding to bf16 changes who is dropped by probability",
         ),
+        (kind("mixer"), {"precision": "bf16", "traffic": "router"}, "which takes x as it comes; fp32 can be run"),
+        (kind("sparsemixer"), {"precision": "bf16"}, "which compares scores finely; fp32 can be run"),
         (kind("cosine"), {"precision": "fp16", "traffic": "router"}, "which takes x as it comes; fp32 can be run"),
     ],
     ids=str,
@@ -70,6 +72,7 @@ def test_named_reasons(layer: LayerSpec, asked: dict[str, Any], words: str) -> N
         (kind("expert_choice"), {"traffic": "zipf:1"}),
         (kind("noisy_topk", training=True), {"traffic": "router"}),
         (kind("noisy_topk"), {"traffic": "zipf:1"}),
+        (kind("expert_choice"), {"traffic": "zipf:1", "precision": "bf16"}),
         (kind("softmax_topk"), {"capacity_factor": 0.0, "capacity_rounding": "tutel"}),
         (kind("softmax_topk"), {"capacity_factor": -2.0, "capacity_rounding": "tutel"}),
     ],
@@ -86,7 +89,8 @@ def test_presets_are_refused_only_what_their_traffic_cannot_be(precision: str) -
         for each in spec.layers:
             info = router_info(each.layer.router.kind)
             found = refusal(Problem(spec.id, each.layer, 8, "router"), Variant("torch-loop", precision))
-            small_or_own = each.layer.routed_experts > 0.8 * each.layer.hidden_size or not info.imposable
+            near = each.layer.routed_experts > WELL_CONDITIONED * each.layer.hidden_size
+            small_or_own = near or not info.imposable or each.layer.router.kind in FINE
             assert found is None or (precision == "bf16" and small_or_own), (spec.id, found)
             assert refusal(Problem(spec.id, each.layer, 8), Variant("torch-loop", precision, scope="experts")) is None
 
@@ -95,7 +99,7 @@ def test_a_choice_cannot_be_imposed_on_too_many_experts() -> None:
     layer = layer_of(64, 2, hidden=32)
     for scope in NEEDS_ROUTER:
         found = reason(layer, scope, "balanced")
-        assert "more experts (64) than hidden units (32)" in found
+        assert "can be imposed on at most 25 experts with 32 hidden units, not on 64" in found
         assert "traffic 'router' and scope 'experts' can be run" in found
         assert reason(layer, scope, "router") is None
     assert reason(layer, "experts") is None
@@ -105,11 +109,12 @@ def test_a_choice_cannot_be_imposed_on_too_many_experts() -> None:
 def test_rounding_near_a_square_router_is_refused(precision: str) -> None:
     square, near, fine = (layer_of(experts, 8, hidden=64) for experts in (64, 60, 51))
     for layer in (square, near):
+        assert f"rounding to {precision} flips choices" in reason(layer, "layer", "router", precision)
+        assert reason(layer, "gate", "router", precision)
+        assert reason(layer, "layer", "router") is None
         for traffic in ("balanced", "router"):
-            assert f"rounding to {precision} flips choices" in reason(layer, "layer", traffic, precision)
-            assert reason(layer, "gate", traffic, precision)
-            assert reason(layer, "layer", traffic) is None
             assert reason(layer, "experts", traffic, precision) is None
+        assert "at most 51 experts" in reason(layer, "layer", "balanced")
     assert reason(fine, "layer", "balanced", precision) is None
 
 

@@ -168,3 +168,14 @@ def test_the_twin_of_a_router_that_x_cannot_be_moved_for_makes_its_own_choice(ki
     for scope in ("experts", "layer"):
         assert arm_of("torch-loop", small, scope=scope).check().wrong is None
     assert arm_of("triton", small, scope="layer").check().wrong is None
+
+
+@pytest.mark.parametrize(
+    "kind", ["sigmoid_bias", "softmax_bias", "sqrt_softplus_bias", "sigmoid_logit_bias", "batch_mask"]
+)
+def test_the_twin_keeps_what_the_router_chooses_by(kind: str) -> None:
+    """Its biases and thresholds do not depend on widths, and the logits of the full layer were made for them."""
+    full = bench_of(layer_of(16, 4, hidden=128, ffn=64, router=router(kind)), tokens=16, traffic="router")
+    assert arm_of("triton", full, scope="layer").check().wrong is None
+    for name, value in full.weights.gate.items():
+        assert torch.equal(twin(full, "fp32").weights.gate[name], value)

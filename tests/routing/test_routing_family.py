@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from moebench.catalogue.gate import gate_shapes
-from moebench.catalogue.routers import ROUTERS, RouterInfo, needed_picks
+from moebench.catalogue.routers import ROUTERS, RouterInfo, is_causal, needed_picks
 from moebench.catalogue.spec import LayerSpec, RouterSpec
-from moebench.routing import Mix, Ragged, Scores, Side, TopK, route
+from moebench.point import DROP_ORDERS, Capacity
+from moebench.routing import Mix, Ragged, Scores, Side, TopK, apply_capacity, capacity_slots, route
 from moebench.routing.fixed import balanced_table
 from moebench.routing.forms import Routing
 from moebench.routing.route import side_width
@@ -120,6 +121,26 @@ def test_causal_means_that_later_tokens_do_not_matter(kind: str, mode: str) -> N
     before, after = (first_half(route(layer, each)) for each in (scores, changed))
     same = len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert same == causal(ROUTERS[kind], mode)
+
+
+def test_causal_under_a_capacity() -> None:
+    """First come by position takes nobody's slot; every other order lets a later token take one. Tried here."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randn(64, E, generator=g).topk(2).indices
+    weights = torch.rand(64, 2, generator=g)
+    other_ids, other = ids.clone(), weights.clone()
+    other_ids[32:], other[32:] = torch.tensor([0, 1]), 2.0
+    for order in DROP_ORDERS:
+        capacity = Capacity(0.4, order=order)
+        slots = capacity_slots(capacity, 64, 2, E)
+        kept, again = (apply_capacity(i, w, slots, E, order)[0][:32] for i, w in ((ids, weights), (other_ids, other)))
+        assert is_causal(RouterSpec(), capacity) == torch.equal(kept, again), order
+        assert is_causal(RouterSpec(), Capacity(order=order))
+        assert not is_causal(RouterSpec("expert_choice"), capacity)
+    assert is_causal(RouterSpec(), Capacity(0.0, "tutel", "choice"))
+    assert is_causal(RouterSpec("base"), Capacity())
+    assert not is_causal(RouterSpec("base", training=True), Capacity())
+    assert not is_causal(RouterSpec("mine.py:f"), Capacity())
 
 
 def causal(info: RouterInfo, mode: str) -> bool:
