@@ -15,7 +15,8 @@ from moebench.catalogue.spec import LayerSpec
 from moebench.check import Verdict, judge
 from moebench.expected import coupled
 from moebench.point import DRAWS, DROPLESS, Problem, Variant
-from moebench.providers.base import Case, Provider
+from moebench.providers.base import Provider
+from moebench.providers.case import Case
 from moebench.routing.build import with_capacity
 from moebench.routing.forms import TopK
 from moebench.routing.logits import impose_logits

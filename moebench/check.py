@@ -20,7 +20,8 @@ from moebench.check_stages import STAGE_CHECKS
 from moebench.measure.errors import BACKWARD_FACTOR, NO_ERROR, Errors, errors_of, tolerance, verdict
 from moebench.point import STAGES, Capacity
 from moebench.providers import torch_loop
-from moebench.providers.base import Case, State
+from moebench.providers.base import State
+from moebench.providers.case import Case
 from moebench.routing.scores import Side
 from moebench.weights import Weights
 from moebench.workload import Choice, Inputs, choice_of

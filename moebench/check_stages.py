@@ -11,7 +11,8 @@ from torch import Tensor
 from moebench import expected, oracle
 from moebench.answer import CHECK_TOKENS, Answer, Wrong, tensor_of
 from moebench.measure.errors import NO_ERROR, Errors, errors_of
-from moebench.providers.base import Case, StagedProvider, State
+from moebench.providers.base import StagedProvider, State
+from moebench.providers.case import Case
 from moebench.routing.forms import Mix, Ragged
 from moebench.weights import Weights
 

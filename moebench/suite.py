@@ -7,22 +7,18 @@ they are asked for.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, islice
 from operator import itemgetter
-from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from moebench import expand
 from moebench.axes import AXES, CUSTOM, Value, shown
-from moebench.catalogue.routers import is_file
 from moebench.expand import Cell, Survey
 from moebench.point import Block, Variant, digest
 from moebench.suite_file import MAX_FAULTS, Budget, SuiteError, SuiteFile, parse, read_source, shipped
-from moebench.sweep import Sweep, Values, override_key, read_overrides, read_sweep, read_values
-from moebench.traffic import parse_traffic
+from moebench.sweep import Sweep, Values, files_named, override_key, read_overrides, read_sweep, read_values
 
 __all__ = ["Budget", "PlanSize", "Suite", "SuiteError", "load_suite", "parse_shard", "shard", "shipped"]
 
@@ -127,18 +123,12 @@ def load_suite(
         budget=_longest([part.budget for part in files]),
         text="\n".join(texts),
         overrides=chosen,
-        digest=digest([texts, {name: list(values) for name, values in chosen.items()}, list(joining), _files(sweeps)]),
+        digest=digest(
+            [texts, {name: list(values) for name, values in chosen.items()}, list(joining), files_named(sweeps)]
+        ),
         sweeps=tuple(sweeps),
         surveys=surveys,
     )
-
-
-def _files(sweeps: Iterable[Sweep]) -> list[str]:
-    """Digests of the router files and traces that the sweeps name: what they hold is part of the suite."""
-    names = {str(value) for sweep in sweeps for axis in ("router", "traffic") for value in sweep.values(axis)}
-    paths = {name.rpartition(":")[0] for name in names if is_file(name)}
-    paths |= {str(path) for name in names if name.startswith("trace:") and (path := parse_traffic(name).path)}
-    return [hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() for path in sorted(paths)]
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moebench.axes import AXES, Value, axis, shown, typed
@@ -11,6 +13,7 @@ from moebench.catalogue.routers import is_file
 from moebench.point import DROPLESS
 from moebench.shape import NEEDED_BY_PLAIN, PLAIN
 from moebench.suite_file import MAX_FAULTS, SweepTable
+from moebench.traffic import parse_traffic
 from moebench.where import Clause, parse_where
 
 OVERRIDE = "--set"
@@ -53,6 +56,14 @@ class Sweep:
     def values(self, name: str) -> set[Value]:
         """Every value an axis takes in it."""
         return {row[name] for choice in self.choices if name in choice.axes for row in choice.rows}
+
+
+def files_named(sweeps: Iterable[Sweep]) -> list[str]:
+    """Digests of the router files and traces that the sweeps name: what they hold is part of the suite."""
+    names = {str(value) for sweep in sweeps for axis in ("router", "traffic") for value in sweep.values(axis)}
+    paths = {name.rpartition(":")[0] for name in names if is_file(name)}
+    paths |= {str(path) for name in names if name.startswith("trace:") and (path := parse_traffic(name).path)}
+    return [hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() for path in sorted(paths)]
 
 
 def read_values(key: str, given: Mapping[str, Any], faults: list[str]) -> dict[str, tuple[Value, ...]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moebench import oracle
 from moebench.catalogue.spec import LayerSpec
-from moebench.providers.base import activate
+from moebench.providers.layer_parts import activate
 
 NEAR = 1e-4  # of the largest score: float32 is a hundred times finer, so closer ones are ties that rounding decides
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,62 +16,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moebench.catalogue.routers import router_info
-from moebench.catalogue.spec import ACTIVATIONS, LayerSpec
-from moebench.point import PLAIN_PRECISIONS, STAGES, Capacity
+from moebench.catalogue.spec import ACTIVATIONS
+from moebench.point import PLAIN_PRECISIONS, STAGES
+from moebench.providers.case import Case
+from moebench.providers.layer_parts import ExpertsFn, experts_sum, join_shared, reference_gate, tensors_of
 from moebench.routing.build import with_capacity
-from moebench.routing.capacity import capacity_slots
-from moebench.routing.forms import FORMS, Mix, Ragged, Routing
-from moebench.routing.route import decide, make_scores
+from moebench.routing.forms import FORMS, Routing
 from moebench.routing.scores import Side
 from moebench.weights import Weights
-from moebench.workload import Choice, Inputs, choice_of
-
-ExpertsFn = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a provider is asked to do, in full.
-
-    Attributes:
-        layer, tokens, direction, precision, capacity, scope: as in Problem and Variant.
-        device_kind: "cpu" or "cuda".
-    """
-
-    layer: LayerSpec
-    tokens: int
-    direction: str
-    precision: str
-    capacity: Capacity
-    scope: str
-    device_kind: str
-
-    @property
-    def slots(self) -> int | None:
-        """Capacity C of each expert; None when dropless."""
-        return capacity_slots(self.capacity, self.tokens, self.layer.top_k, self.layer.routed_experts)
-
-    @property
-    def form(self) -> str:
-        """The Routing that the layer's router gives."""
-        return router_info(self.layer.router.kind).form
-
-    @property
-    def drops(self) -> bool:
-        """Whether ids may be -1: capacity, padding of a Ragged, a second expert that is not kept, zero experts."""
-        spec = self.layer.router
-        may = spec.zero_experts > 0 or (spec.kind == "gshard_top2" and spec.training)
-        return self.slots is not None or self.form == "Ragged" or may
-
-    @property
-    def activation(self) -> str:
-        """The activation as `activate` takes it, its limit included."""
-        limit = self.layer.activation_limit
-        return self.layer.activation if limit is None else f"{self.layer.activation}:{limit:g}"
+from moebench.workload import Inputs, choice_of
 
 
 class Provider(Protocol):
@@ -101,29 +56,6 @@ class Provider(Protocol):
 
     def executed_flops(self, case: Case, counts: Tensor) -> float | None:
         """FLOPs really executed forward, padding included, given kept assignments per expert [E]."""
-
-
-def activate(rows: Tensor, activation: str) -> Tensor:
-    """[n, m*F] -> [n, F]; gate columns come first. "limited_swiglu:LIMIT" names its limit."""
-    name, _, limit = activation.partition(":")
-    if name in _PLAIN:
-        return _PLAIN[name](rows)
-    gate, up = rows.chunk(2, dim=-1)
-    if name == "clamped_swiglu":
-        gate, up = gate.clamp(max=GPT_OSS_LIMIT), up.clamp(-GPT_OSS_LIMIT, GPT_OSS_LIMIT)
-        return gate * torch.sigmoid(GPT_OSS_SHARPNESS * gate) * (up + 1)
-    if name == "limited_swiglu":
-        gate, up = gate.clamp(max=float(limit)), up.clamp(-float(limit), float(limit))
-    return (F.gelu(gate) if name == "geglu" else F.silu(gate)) * up
-
-
-GPT_OSS_LIMIT, GPT_OSS_SHARPNESS = 7.0, 1.702
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "relu2": lambda rows: F.relu(rows).square(),
-}
 
 
 @dataclass(frozen=True)
@@ -218,50 +150,6 @@ class ExpertsProvider:
             return None  # a stranger's kernel does not say what it pads
         rows = float(counts.sum()) if self.flops_executed is None else self.flops_executed(case, counts)
         return None if rows is None else rows * 2 * case.layer.expert_params()
-
-
-def experts_sum(experts: ExpertsFn, choice: Choice, x: Tensor, weights: Weights, case: Case) -> Tensor:
-    """An experts function on a routing of any form: x [T, D] -> y [T, D].
-
-    A Ragged's rows are gathered first and summed by token after; a Mix's slots are blended before and after.
-    """
-
-    def call(rows: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-        y: Tensor = experts(rows, ids, gates, *weights.experts, **weights.biases)
-        return y
-
-    if choice.dispatch is not None and choice.combine is not None:
-        return choice.combine.to(x.dtype) @ call(choice.dispatch.to(x.dtype).T @ x, choice.ids, choice.weights)
-    if choice.token is not None:
-        out = call(x[choice.token], choice.ids, choice.weights)
-        return torch.zeros_like(x).index_add(0, choice.token, out)
-    if case.layer.router.zero_experts:
-        routed = choice.ids < case.layer.routed_experts
-        kept_as_is = (choice.weights * ~routed).sum(dim=1, keepdim=True).to(x.dtype)
-        return call(x, choice.ids.where(routed, -1), choice.weights * routed) + kept_as_is * x
-    if case.layer.router.kind == "sigmoid_input":  # one pick, whose weight multiplies the input
-        return call(x * choice.weights.to(x.dtype), choice.ids, torch.ones_like(choice.weights))
-    return call(x, choice.ids, choice.weights)
-
-
-def join_shared(y: Tensor, x: Tensor, weights: Weights, case: Case, dense_x: Tensor | None) -> Tensor:
-    """The routed sum [T, D] joined with the always-on FFN, as `shared_combine` says; `parallel` feeds it dense_x."""
-    if weights.shared_gate_up is None or weights.shared_down is None:
-        return y
-    form = case.layer.shared_combine
-    inputs = dense_x if form == "parallel" and dense_x is not None else x
-    activation = case.layer.shared_activation or case.activation
-    dense = activate(inputs @ weights.shared_gate_up.T, activation) @ weights.shared_down.T
-    if form == "scaled_residual":
-        return (y + dense) * 2**-0.5
-    if weights.shared_gate is None:
-        return y + dense
-    z = x @ weights.shared_gate.T
-    if form == "learned_mix":
-        mix = torch.softmax(z, dim=-1)
-        return mix[:, :1] * y + mix[:, 1:] * dense
-    g = torch.sigmoid(z)
-    return g * y + (1 - g) * dense if form == "cmr" else y + g * dense
 
 
 @dataclass(frozen=True)
@@ -377,20 +265,6 @@ class StagedProvider(ExpertsProvider):
             case "down_projection":
                 return stages.down_projection(given.rows, weights.w_down, given.plan, weights.b_down)
         return stages.combine(given.rows, given.inputs.weights, given.plan)
-
-
-def reference_gate(x: Tensor, gate: Mapping[str, Tensor], case: Case, side: Side) -> Routing:
-    """The layer's router in plain PyTorch."""
-    return decide(case.layer, make_scores(case.layer, x, gate, side))
-
-
-def tensors_of(routing: Routing) -> tuple[Tensor, ...]:
-    """What the gate's answer is made of: (ids, weights), (token, expert, weight) or (dispatch, combine)."""
-    if isinstance(routing, Mix):
-        return routing.dispatch, routing.combine
-    if isinstance(routing, Ragged):
-        return routing.token, routing.expert, routing.weight
-    return routing.ids, routing.weights
 
 
 def source_digest(function: Callable[..., Any], *more: str) -> str:

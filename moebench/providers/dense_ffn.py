@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from moebench.point import STAGES
-from moebench.providers.base import Case, ExpertsProvider, State, activate, join_shared
+from moebench.providers.base import ExpertsProvider, State
+from moebench.providers.case import Case
+from moebench.providers.layer_parts import activate, join_shared
 from moebench.weights import Weights
 from moebench.workload import Inputs
 

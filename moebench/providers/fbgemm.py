@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moebench.providers import torch_grouped
-from moebench.providers.base import Case
+from moebench.providers.case import Case
 from moebench.providers.peers import Call, peer, peer_provider
 from moebench.providers.torch_grouped import sort_plan
 

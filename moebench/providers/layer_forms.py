@@ -16,7 +16,8 @@ from moebench.catalogue.layer_forms import attention_heads, form_fault, form_wor
 from moebench.catalogue.spec import LayerSpec
 from moebench.layer_forms import bank, depths, hetero, hyper, lora, moh, multihead, peer, smear
 from moebench.point import DROPLESS, PLAIN_PRECISIONS
-from moebench.providers.base import Case, source_digest
+from moebench.providers.base import source_digest
+from moebench.providers.case import Case
 from moebench.weights import DTYPES, Weights, seed_of
 from moebench.workload import Inputs
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from moebench.point import PLAIN_PRECISIONS, PRECISIONS
 from moebench.providers import PROVIDERS, entry_points, is_file, unknown
-from moebench.providers.base import Case, ExpertsProvider, Provider
+from moebench.providers.base import ExpertsProvider, Provider
+from moebench.providers.case import Case
 from moebench.providers.packages import missing
 from moebench.user_file import Unavailable, function_in_file, one_line
 

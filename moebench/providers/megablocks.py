@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebench.providers.base import Case
+from moebench.providers.case import Case
 from moebench.providers.peers import Call, peer, peer_provider
 
 ACTIVATION = {"swiglu": F.silu, "geglu": F.gelu}

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moebench.providers import PROVIDERS
-from moebench.providers.base import Case, ExpertsProvider, State, source_digest
+from moebench.providers.base import ExpertsProvider, State, source_digest
+from moebench.providers.case import Case
 from moebench.providers.load import Unavailable
 from moebench.providers.torch_grouped import SortPlan, sort_plan
 from moebench.weights import Weights

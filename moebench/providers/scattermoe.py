@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from moebench.catalogue.spec import ACTIVATIONS
-from moebench.providers.base import Case, activate
+from moebench.providers.case import Case
+from moebench.providers.layer_parts import activate
 from moebench.providers.peers import Call, peer, peer_provider
 
 

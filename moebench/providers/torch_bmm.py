@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moebench.providers.base import Case, StagedProvider, Stages, activate, reference_gate
+from moebench.providers.base import StagedProvider, Stages
+from moebench.providers.case import Case
+from moebench.providers.layer_parts import activate, reference_gate
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from moebench.providers import torch_bmm, torch_grouped
-from moebench.providers.base import Case, ExpertsFn, ExpertsProvider
+from moebench.providers.base import ExpertsProvider
+from moebench.providers.case import Case
+from moebench.providers.layer_parts import ExpertsFn
 
 
 def bmm_form(

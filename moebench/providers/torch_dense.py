@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moebench.providers.base import Case, ExpertsProvider, activate
+from moebench.providers.base import ExpertsProvider
+from moebench.providers.case import Case
+from moebench.providers.layer_parts import activate
 
 
 def experts(

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moebench.providers.base import Case, StagedProvider, Stages, activate, reference_gate
+from moebench.providers.base import StagedProvider, Stages
+from moebench.providers.case import Case
+from moebench.providers.layer_parts import activate, reference_gate
 from moebench.weights import DTYPES
 
 

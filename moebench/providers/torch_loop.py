@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moebench.point import PRECISIONS
-from moebench.providers.base import ExpertsProvider, activate
+from moebench.providers.base import ExpertsProvider
+from moebench.providers.layer_parts import activate
 from moebench.weights import expert_matrix
 
 

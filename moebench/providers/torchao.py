@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moebench.catalogue.spec import ACTIVATIONS
 from moebench.providers import torch_grouped
-from moebench.providers.base import Case, activate
+from moebench.providers.case import Case
+from moebench.providers.layer_parts import activate
 from moebench.providers.peers import Call, padded_plan, padded_rows, peer, peer_provider, require_capability
 
 ALIGNMENT = 16  # rows of a group, which it does not pad itself

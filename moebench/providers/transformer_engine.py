@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moebench.catalogue.spec import ACTIVATIONS
-from moebench.providers.base import Case, activate
+from moebench.providers.case import Case
+from moebench.providers.layer_parts import activate
 from moebench.providers.peers import Call, peer, peer_provider
 
 

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from moebench.providers.base import Case
+from moebench.providers.case import Case
 from moebench.providers.peers import Call, peer, peer_provider
 from moebench.providers.torch_grouped import limits
 from moebench.weights import DTYPES

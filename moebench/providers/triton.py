@@ -16,7 +16,9 @@ from torch import Tensor
 import moebench_kernels as kernels
 from moebench.catalogue.spec import LayerSpec
 from moebench.point import PRECISIONS, QUANTISED_PRECISIONS
-from moebench.providers.base import Case, ExpertsFn, StagedProvider, Stages, reference_gate, source_digest
+from moebench.providers.base import StagedProvider, Stages, source_digest
+from moebench.providers.case import Case
+from moebench.providers.layer_parts import ExpertsFn, reference_gate
 from moebench.routing.forms import Routing, top_k_routing
 from moebench.routing.route import make_scores
 from moebench.routing.scores import Side

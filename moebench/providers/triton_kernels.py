@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moebench.providers.base import Case
+from moebench.providers.case import Case
 from moebench.providers.peers import Call, interleave, peer, peer_provider
 from moebench.providers.torch_grouped import sort_plan
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moebench.providers.base import Case
+from moebench.providers.case import Case
 from moebench.providers.peers import Call, peer, peer_provider
 
 

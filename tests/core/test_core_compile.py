@@ -8,7 +8,7 @@ import pytest
 from core_arms import arm_of, bench_of, layer_of, verdict_of
 
 from moebench.point import Capacity
-from moebench.providers.base import Case
+from moebench.providers.case import Case
 from moebench.providers.torch_compiled import PROVIDER, traces_grouped
 
 

@@ -13,7 +13,8 @@ from core_arms import layer_of, user_kernel, verdict_of
 from moebench import providers
 from moebench.point import Capacity
 from moebench.providers import PROVIDERS, Listing, is_file, is_known, unknown
-from moebench.providers.base import Case, ExpertsProvider
+from moebench.providers.base import ExpertsProvider
+from moebench.providers.case import Case
 from moebench.providers.load import Unavailable, from_function, load
 
 KERNEL = "def kernel(x, ids, weights, w_gate_up, w_down):\n    return x\n"

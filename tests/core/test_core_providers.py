@@ -14,8 +14,8 @@ from moebench.catalogue.layer_forms import LAYER_FORMS
 from moebench.catalogue.routers import ROUTERS, imposable, needed_picks
 from moebench.catalogue.spec import ACTIVATIONS, SHARED_COMBINES, LayerSpec
 from moebench.point import DROP_ORDERS, STAGES, Capacity
-from moebench.providers import PROVIDERS, base
-from moebench.providers.base import Case
+from moebench.providers import PROVIDERS, base, layer_parts
+from moebench.providers.case import Case
 from moebench.providers.load import load
 from moebench.routing import make_scores, route
 
@@ -303,7 +303,7 @@ def test_dense_ffn_is_the_first_k_experts_with_weight_one() -> None:
     arm = arm_of("dense-ffn", bench)
     y, weights = arm.call(0), bench.weights
     want = sum(
-        base.activate(arm.buffers[0].x @ weights.w_gate_up[expert].T, "swiglu") @ weights.w_down[expert].T
+        layer_parts.activate(arm.buffers[0].x @ weights.w_gate_up[expert].T, "swiglu") @ weights.w_down[expert].T
         for expert in range(3)
     )
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,8 @@ from moebench.derive import performance
 from moebench.measure.ceilings import measure_ceilings
 from moebench.measure.errors import REL_TOLERANCE
 from moebench.point import PRECISIONS, QUANTISED_PRECISIONS, STAGES, Capacity, Problem, Variant, base_precision
-from moebench.providers.base import Case, ExpertsProvider
+from moebench.providers.base import ExpertsProvider
+from moebench.providers.case import Case
 from moebench.providers.load import Unavailable, load
 from moebench.refusal import refusal
 from moebench.weights import make_weights, weight_bytes

@@ -13,7 +13,7 @@ from moebench.catalogue.layer_forms import LAYER_FORMS
 from moebench.catalogue.spec import LayerSpec, RouterSpec
 from moebench.layer_forms import depths, hetero, hyper, lora, moh, multihead, peer, smear
 from moebench.point import Capacity
-from moebench.providers.base import Case
+from moebench.providers.case import Case
 from moebench.providers.load import load
 
 FORMS: dict[str, Any] = {

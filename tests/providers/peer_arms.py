@@ -14,7 +14,7 @@ from moebench.arm import Arm, Bench
 from moebench.catalogue.spec import LayerSpec
 from moebench.check import Verdict
 from moebench.point import Capacity, Problem, Variant
-from moebench.providers.base import Case
+from moebench.providers.case import Case
 from moebench.weights import make_weights
 from moebench.workload import make_draws
 
