@@ -131,6 +131,10 @@ def load_suite(
     )
 
 
+def _plain(chosen: Values) -> dict[str, list[Value]]:
+    return {name: list(values) for name, values in chosen.items()}
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """(i, n) of "i/n".
 
