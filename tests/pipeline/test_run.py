@@ -376,7 +376,7 @@ def stopped(tmp_path, crew):
 
 
 def test_resuming_needs_the_same_suite(tmp_path, crew, stopped):
-    why = "the suite file, its overrides, --shard or --check-only"
+    why = "the suite file, a router file or trace it names, its overrides, --shard or --check-only"
     assert resumed_with(tmp_path, suite_of(tmp_path, "seed = 1\n")) == why
     suite_of(tmp_path)
     overridden = load_suite([str(tmp_path / "tiny.toml")], {"tokens": ["4"]})
