@@ -214,7 +214,18 @@ def _missed(sweeps: list[Sweep], alive: Mapping[str, set[expand.RowId]], chosen:
     found = {pair for row in rows for pair in row.items()}
     missed = {name: [value for value in values if (name, value) not in found] for name, values in chosen.items()}
     why = "is in no point: `where` or the layer's own rules leave it out everywhere"
-    return [f"{override_key(name, values)}: {why}" for name, values in missed.items() if values]
+    return [
+        f"{override_key(name, values)}: {why}{_because(sweeps, name, values)}"
+        for name, values in missed.items()
+        if values
+    ]
+
+
+def _because(sweeps: list[Sweep], name: str, values: Sequence[Value]) -> str:
+    """The first sweep's reason, where no layer of it can have the first of the values."""
+    reasons = (expand.layer_reasons(sweep, {name: values[0]}) for sweep in sweeps)
+    found = next((reason for reason in reasons if reason), None)
+    return f"; {found}" if found else ""
 
 
 def _dead(sweep: Sweep, alive: set[expand.RowId]) -> list[str]:

@@ -228,6 +228,12 @@ def test_what_a_router_cannot_do_is_pruned(tmp_path):
     ]  # fmt: skip
     with pytest.raises(SuiteError, match="250 experts do not fall into 8 groups"):
         problems(tmp_path, {"model": "deepseek-v3", "experts": 250})
+    with pytest.raises(
+        SuiteError, match=r"--set groups=3: is in no point: .*; for example, 8 experts do not fall into 3"
+    ):
+        load_suite(["smoke"], {"router": ["group_limited"], "groups": ["3"]})
+    with pytest.raises(SuiteError, match="for example, router 'softmax_topk' has no groups"):
+        load_suite(["smoke"], {"groups": ["4"]})
 
 
 def test_seeds_and_phases(tmp_path):
