@@ -32,7 +32,7 @@ def layer_answer(layer: LayerSpec, weights: Weights, x: Tensor, side: Side, dens
 def routing(layer: LayerSpec, weights: Weights, x: Tensor, side: Side) -> Routing:
     """The layer's own choice, dropless, of hidden states float64 [n, D]."""
     if oracle_gate.covers(layer):
-        return top_k_routing(*oracle_gate.gate(layer, weights, x), layer.routed_experts + layer.router.zero_experts)
+        return top_k_routing(*oracle_gate.gate(layer, weights, x), layer.choices)
     gate = {name: value.double() if value.is_floating_point() else value for name, value in weights.whole_gate.items()}
     return decide(layer, make_scores(layer, x, gate, side))
 

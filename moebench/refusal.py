@@ -58,14 +58,16 @@ def _traffic(problem: Problem, variant: Variant) -> str | None:
 def _of_another_layer(problem: Problem) -> str | None:
     """Why the trace cannot be replayed on the layer."""
     from moebench.trace_file import read_facts
+    from moebench.trace_fit import check_fit, place_of
 
     traffic, layer = parse_traffic(problem.traffic), problem.layer
-    facts, experts = read_facts(Path(str(traffic.path)).expanduser()), layer.routed_experts + layer.router.zero_experts
-    if (facts.routed_experts, facts.top_k) != (experts, layer.top_k):
-        has = f"E={facts.routed_experts}, K={facts.top_k}"
-        return f"{traffic.path} was recorded with {has}; the layer has E={experts}, K={layer.top_k}"
-    if traffic.trace_layer is not None and traffic.trace_layer not in facts.layers:
-        return f"{traffic.path} holds layers {', '.join(map(str, facts.layers))[:100]}, not {traffic.trace_layer}"
+    path = str(Path(str(traffic.path)).expanduser())
+    try:
+        facts = read_facts(Path(path))
+        check_fit(path, facts, layer.top_k, layer.choices)
+        place_of(path, facts, traffic.trace_layer)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -82,7 +84,7 @@ def _cannot_quantise(problem: Problem, variant: Variant) -> str | None:
 
 def _cannot_impose(problem: Problem) -> str | None:
     layer, kind = problem.layer, problem.layer.router.kind
-    choices = layer.routed_experts + layer.router.zero_experts
+    choices = layer.choices
     most = int(WELL_CONDITIONED * layer.hidden_size)
     if not imposable(layer.router):
         how = "whose noise depends on x" if router_info(kind).imposable else "which is not a linear map of x"

@@ -150,7 +150,7 @@ def make_weights(layer: LayerSpec, precision: str, device: str, seed: int) -> We
 
 def _gate_weight(name: str, shape: tuple[int, ...], layer: LayerSpec, draw: Callable[..., Tensor], seed: int) -> Tensor:
     """One of the gate's further weights, as a trained router would have it."""
-    E = layer.routed_experts + layer.router.zero_experts
+    E = layer.choices
     if name == "table":
         from moebench.routing.fixed import balanced_table
 

@@ -189,7 +189,7 @@ def _on_host(value: Tensor) -> Tensor:
 
 def can_impose(layer: LayerSpec) -> bool:
     """Whether hidden states can be moved so that the layer's router makes chosen choices."""
-    choices = layer.routed_experts + layer.router.zero_experts
+    choices = layer.choices
     return imposable(layer.router) and choices <= WELL_CONDITIONED * layer.hidden_size
 
 

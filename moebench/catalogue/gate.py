@@ -33,7 +33,7 @@ def gate_shapes(layer: LayerSpec) -> dict[str, tuple[int, ...]]:
     "logit_bias", "selection_bias", "thresholds" [E]; "noise", "key", "value" [E, D]; "mix" [E, E];
     "groups", "group_noise" [G, D]; "project" [256, D]; "temperature", "slot_scale" []; "table" int64 [V, K].
     """
-    D, E, K, spec = layer.hidden_size, layer.routed_experts + layer.router.zero_experts, layer.top_k, layer.router
+    D, E, K, spec = layer.hidden_size, layer.choices, layer.top_k, layer.router
     width = {"cosine": COSINE_WIDTH, "mixer": CONTEXT_WIDTH, "hash": 0, "domain_random": 0}.get(spec.kind, D)
     shapes = {
         "router": (E * (spec.slots if spec.kind == "soft_moe" else 1), width),

@@ -109,6 +109,11 @@ class LayerSpec:
         return self.activation in GATED_ACTIVATIONS
 
     @property
+    def choices(self) -> int:
+        """What a router chooses among: the routed experts, and zero experts where there are some."""
+        return self.routed_experts + self.router.zero_experts
+
+    @property
     def shared_width(self) -> int:
         """Inner width of all shared experts together (they run fused)."""
         return self.shared_experts * self.shared_ffn_size

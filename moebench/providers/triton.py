@@ -55,7 +55,7 @@ FUSED: dict[str, dict[str, str]] = {
 
 def fused(layer: LayerSpec) -> bool:
     """Whether the layer's router runs as one kernel from its logits."""
-    spec, E = layer.router, layer.routed_experts + layer.router.zero_experts
+    spec, E = layer.router, layer.choices
     fits = layer.top_k <= 64 and E <= 4096
     pairs = spec.groups == 1 or FUSED.get(spec.kind, {}).get("group_score") != "top2_sum" or E // spec.groups >= 2
     noisy = spec.training and spec.kind.startswith("noisy")  # the noise is added in PyTorch, before anything is chosen

@@ -92,10 +92,10 @@ def _chosen(demand: Demand) -> tuple[Tensor, Tensor]:
         from moebench.routing.replay import replay
 
         path, at = str(Path(str(demand.traffic.path)).expanduser()), demand.traffic.trace_layer
-        experts = layer.routed_experts + layer.router.zero_experts
+        experts = layer.choices
         return replay(path, at, tokens, demand.draw, demand.trace_seed, layer.top_k, experts)
     generator = torch.Generator().manual_seed(demand.seed)
-    choices = layer.routed_experts + layer.router.zero_experts
+    choices = layer.choices
     grouped = (layer.router.groups, layer.router.topk_groups) if imposable(layer.router) else (1, 1)
     ids = choose_experts(demand.traffic, tokens, layer.top_k, choices, generator, *grouped)
     return ids, torch.softmax(torch.randn(ids.shape, generator=generator), dim=-1) * layer.router.scale

@@ -29,7 +29,7 @@ def impose(layer: LayerSpec, ids: Tensor, bias: Tensor | None, generator: torch.
     Raises:
         ValueError: ids of more groups than a token may choose from.
     """
-    spec, E = layer.router, layer.routed_experts + layer.router.zero_experts
+    spec, E = layer.router, layer.choices
     if bias is None and spec.groups == 1:
         return impose_choice(ids, E, generator)
     wanted = _selection_scores(ids, E, spec, generator)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moebench.trace_file import Facts, Trace, read_facts, read_trace
+from moebench.trace_file import Trace, read_facts, read_trace
+from moebench.trace_fit import check_fit, place_of
 
 DRAWS = 4  # that rotate; a long trace gives each its own window, a short one moves on by a quarter
 
@@ -54,25 +55,6 @@ def window(recorded: int, tokens: int, draw_index: int, seed: int) -> Tensor:
 def repeats(path: str, tokens: int) -> bool:
     """Whether a draw of T tokens holds some recorded token twice."""
     return len(_trace(path, *_stamp(path)).tokens) < tokens
-
-
-def check_fit(path: str, facts: Facts, top_k: int, routed_experts: int) -> None:
-    """Raises ValueError where the trace is of another E or K."""
-    if (facts.routed_experts, facts.top_k) != (routed_experts, top_k):
-        raise ValueError(
-            f"{path}: recorded with E={facts.routed_experts}, K={facts.top_k}; the layer has E={routed_experts}, "
-            f"K={top_k}, and a trace fits only layers of its own E and K"
-        )
-
-
-def place_of(path: str, facts: Facts, layer: int | None) -> int:
-    """The layer's row in the trace; the middle one for None."""
-    if layer is None:
-        return len(facts.layers) // 2
-    if layer not in facts.layers:
-        listed = f"{', '.join(map(str, facts.layers[:40]))}{', …' if facts.layers[40:] else ''}"
-        raise ValueError(f"{path}: has no layer {layer} (allowed: {listed})")
-    return facts.layers.index(layer)
 
 
 def _stamp(path: str) -> tuple[int, int]:

@@ -93,7 +93,7 @@ def route(layer: LayerSpec, scores: Scores | Tensor) -> Routing:
 
 
 def _check(layer: LayerSpec, scores: Scores) -> None:
-    kind, spec, E = layer.router.kind, layer.router, layer.routed_experts + layer.router.zero_experts
+    kind, spec, E = layer.router.kind, layer.router, layer.choices
     info = router_info(kind)
     columns = E * spec.slots if info.form == "Mix" else E
     if scores.logits.dim() != 2 or scores.logits.shape[1] != columns:
