@@ -14,7 +14,7 @@ from typing import Any
 
 from moebench.catalogue.spec import LayerSpec, RouterSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 DROPLESS = "dropless"
 DIRECTIONS = ("forward", "forward_backward")

@@ -31,10 +31,18 @@ GOOD = ("measured", "verified")
 # A point with one of these makes the run exit with 1; the rest are answers, not faults.
 FAULTS = ("inaccurate", "failed", "out_of_memory", "timeout", "crashed")
 
+# How the machine was while an arm was measured (moebench.measure.device); null where the system does not tell.
+STATE_COLUMNS = (
+    "sm_mhz", "memory_mhz", "temperature_c", "power_w", "cpu_mhz", "load1", "steal_share", "other_cores",
+)  # fmt: skip
+
 PERFORMANCE = (
-    "timer", "latency_ms", "latency_ms_low", "latency_ms_high", "wall_ms", "prepare_ms", "samples_ms", "sample_round",
+    "timer", "timer_reason", "cache", "latency_ms", "latency_ms_low", "latency_ms_high", "wall_ms", "first_call_ms",
+    "prepare_ms", "samples_ms", "wall_samples_ms", "sample_round", "outlier_samples",
     "tokens_per_s", "tflops", "gbytes_per_s", "s_mfu", "s_mbu", "limit_ms", "limit_fraction", "peak_memory_bytes",
-    "energy_source", "energy_j_per_token", "energy_net_j_per_token", "usd_per_mtok", "gco2_per_mtok",
+    "energy_source", "energy_reason", "energy_j_per_token", "energy_j_per_token_low", "energy_j_per_token_high",
+    "energy_net_j_per_token", "energy_idle_w", "energy_second_source", "energy_second_j_per_token",
+    "usd_per_mtok", "gco2_per_mtok", *STATE_COLUMNS,
 )  # fmt: skip
 
 
@@ -87,14 +95,21 @@ class Record(BaseModel):
     status: Status
     reason: str | None = None
     checked_on: str | None = None
+    threads: int | None = None  # torch's threads while it was measured
+    modes: str | None = None  # dtype modes (TF32, reduced-precision reductions) while it was measured
     timer: str | None = None
+    timer_reason: str | None = None  # why no better timer was possible; null: this is the best
+    cache: Literal["cold", "hot"] | None = None  # whether what rotates is twice the last-level cache
     latency_ms: float | None = None  # median
     latency_ms_low: float | None = None  # 95 % interval of the median
     latency_ms_high: float | None = None
     wall_ms: float | None = None
+    first_call_ms: float | None = None  # with its compilation and first touches; never part of the samples
     prepare_ms: float | None = None
     samples_ms: list[float] | None = None
+    wall_samples_ms: list[float] | None = None  # null where the host's clock is the only one
     sample_round: list[int] | None = None
+    outlier_samples: list[int] | None = None  # positions in samples_ms beyond Tukey's fences; none is removed
     replicate: int = 0
     tokens_per_s: float | None = None
     tflops: float | None = None
@@ -106,10 +121,24 @@ class Record(BaseModel):
     limit_fraction: float | None = None
     peak_memory_bytes: int | None = None
     energy_source: str | None = None
-    energy_j_per_token: float | None = None
-    energy_net_j_per_token: float | None = None
+    energy_reason: str | None = None  # why there is no number
+    energy_j_per_token: float | None = None  # median of the trials
+    energy_j_per_token_low: float | None = None  # lowest and highest trial
+    energy_j_per_token_high: float | None = None
+    energy_net_j_per_token: float | None = None  # less idle power times the window
+    energy_idle_w: float | None = None
+    energy_second_source: str | None = None
+    energy_second_j_per_token: float | None = None
     usd_per_mtok: float | None = None
     gco2_per_mtok: float | None = None
+    sm_mhz: float | None = None  # lowest reading, as memory_mhz and cpu_mhz
+    memory_mhz: float | None = None
+    temperature_c: float | None = None  # highest reading, as power_w
+    power_w: float | None = None
+    cpu_mhz: float | None = None
+    load1: float | None = None
+    steal_share: float | None = None  # of all core time, taken by the hypervisor
+    other_cores: float | None = None  # kept busy by other processes
     rel_error: float | None = None
     max_error: float | None = None
     fidelity_error: float | None = None
@@ -222,7 +251,7 @@ class Journal:
         """Write the records of one block durably, all or none, after the last whole line."""
         if not records:
             return
-        text = "".join(record.model_dump_json() + "\n" for record in records)
+        text = "".join(record.model_dump_json(exclude_none=True) + "\n" for record in records)
         # Unbuffered: a buffer that could not be written would be tried again on closing, behind what is taken back.
         with self.path.open("ab", buffering=0) as file:
             start = self._end_of_whole_lines()

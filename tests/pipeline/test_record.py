@@ -11,9 +11,15 @@ from moebench.record import COLUMNS, FAULTS, GOOD, PERFORMANCE, ROUTING_COLUMNS,
 MEASURED = {"status": "measured", "timer": "cpu_wall", "latency_ms": 1.0, "samples_ms": [1.0]}
 VALUES = {
     "timer": "cpu_wall",
+    "timer_reason": "no graph",
+    "cache": "cold",
+    "wall_samples_ms": [1.0],
+    "outlier_samples": [0],
     "samples_ms": [1.0],
     "sample_round": [0],
     "energy_source": "none",
+    "energy_reason": "no counter",
+    "energy_second_source": "zeus",
     "peak_memory_bytes": 1,
 }
 UNMEASURED = [status for status in STATUSES if status != "measured"]

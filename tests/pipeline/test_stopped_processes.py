@@ -188,13 +188,13 @@ def test_kill_9_at_random_moments_with_the_real_worker(tmp_path):
 def small(request, tmp_path):
     """(folder, options that make its files end early, a way to end that)."""
     if request.param == "file size":
-        size = 19_000
+        size = 15_000
         limit = {"limit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
         yield tmp_path / "run", limit, lambda: None, "File too large"
         return
     folder = tmp_path / "run"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24k", "moebench-test", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20k", "moebench-test", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a small file system")
     grow = ["mount", "-o", "remount,size=1m", str(folder)]
