@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -66,6 +67,7 @@ class Arm:
         self.weights = bench.weights.leaves() if self.backward else bench.weights
         self.state = provider.prepare(self.weights, self.case)
         self.buffers = [self._inputs(draw) for draw in bench.draws[:DRAWS]] if self.timed else []
+        self.input_sums = [sums_of(buffer.tensors()) for buffer in self.buffers]
         self.scoped = [provider.scope_inputs(self.state, buffer) for buffer in self.buffers]
 
     def call(self, index: int) -> Any:
@@ -83,7 +85,7 @@ class Arm:
         try:
             verdict = self._check()
         finally:
-            changed = self._restore_weights()
+            changed = self.restore_weights()
         return Verdict(None, None, None, f"changed the layer's {changed}") if changed else verdict
 
     def _check(self) -> Verdict:
@@ -92,7 +94,7 @@ class Arm:
         with torch.no_grad():
             scoped = self.provider.scope_inputs(self.state, inputs)
         output, _ = self._execute(inputs, scoped)
-        _poison(output)
+        poison(output)
         inputs.refill(self._inputs(judged))
         with torch.no_grad():
             scoped = self.provider.scope_inputs(self.state, inputs)
@@ -103,7 +105,9 @@ class Arm:
             return Verdict(None, None, None, f"changed its input {changed[0]}")
         wanted = replace(self.variant, capacity_factor=DROPLESS)
         answer = Answer(inputs, self._inputs(judged, wanted).choice, output, grads, self.bench.known)
-        return judge(self.provider, self.state, self.case, self.bench.weights, answer)
+        verdict = judge(self.provider, self.state, self.case, self.bench.weights, answer)
+        viewed = None if verdict.wrong else self._viewed(output, inputs, scoped)
+        return replace(verdict, wrong=f"returned a view of its {viewed}") if viewed else verdict
 
     def routing_facts(self) -> dict[str, float | None]:
         """Means over the timed draws: kept rows, executed FLOPs, and the statistics of the routing."""
@@ -117,7 +121,34 @@ class Arm:
         facts |= {name: [each[name] for each in found] for name in found[0]}
         return {name: _mean(values) for name, values in facts.items()}
 
-    def _restore_weights(self) -> str | None:
+    def changed_input(self) -> str | None:
+        """The first of the timed inputs that is not as it was made, or None."""
+        for buffer, before in zip(self.buffers, self.input_sums, strict=True):
+            now = sums_of(buffer.tensors())
+            for name, sums in before.items():
+                if not torch.equal(sums, now[name]):
+                    return name
+        return None
+
+    @contextmanager
+    def other_values(self, index: int) -> Iterator[None]:
+        """The check's values in the timed buffers of a draw; its own are put back."""
+        buffer, before = self.buffers[index], self.buffers[index].clone()
+        buffer.refill(self._inputs(self.bench.draws[-1]))
+        try:
+            yield
+        finally:
+            buffer.refill(before)
+
+    def _viewed(self, output: Any, inputs: Inputs, scoped: Any) -> str | None:
+        """What the output shares its memory with: an input or a weight by name, or None."""
+        given = {_memory(value): "input" for value in tensors_in(scoped)}
+        given |= {_memory(value): f"input {name}" for name, value in inputs.tensors().items()}
+        given |= {_memory(value): f"layer's {name}" for name, value in self.weights.tensors().items()}
+        shared = [given[_memory(value)] for value in tensors_in(output) if value.numel() and _memory(value) in given]
+        return next(iter(shared), None)
+
+    def restore_weights(self) -> str | None:
         """The first of the layer's weights that has changed, or None; all are then drawn anew."""
         weights, problem = self.bench.weights, self.bench.problem
         now = row_sums(weights)
@@ -211,8 +242,13 @@ def _twin_draw(draw: Draw, small: LayerSpec, weights: Weights, tokens: int, inde
 
 
 def row_sums(weights: Weights) -> dict[str, Tensor]:
-    """float32 sums over the last dimension, by name: equal to the last bit while nobody writes to the weights."""
-    return {name: _countable(value).sum(-1, dtype=torch.float32) for name, value in weights.tensors().items()}
+    """`sums_of` a layer's weights."""
+    return sums_of(weights.tensors())
+
+
+def sums_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """float32 sums over the last dimension, by name: equal to the last bit while nobody writes to the tensors."""
+    return {name: _countable(value).sum(-1, dtype=torch.float32) for name, value in tensors.items()}
 
 
 def _countable(value: Tensor) -> Tensor:
@@ -220,10 +256,26 @@ def _countable(value: Tensor) -> Tensor:
     return value.detach().view(torch.uint8) if value.dtype == torch.float8_e4m3fn else value.detach()
 
 
-def _poison(output: Any) -> None:
+def poison(output: Any) -> None:
+    """Overwrite an output: NaN, or 0 where it holds integers."""
     for value in output if isinstance(output, tuple) else (output,):
         if isinstance(value, Tensor):
             value.detach().fill_(float("nan") if value.is_floating_point() else 0)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a tensor, a tuple, a list, a dict or a dataclass of them, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
+    return [found for each in value for found in tensors_in(each)] if isinstance(value, list | tuple) else []
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _shape(problem: Problem, *, interpreted: bool) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any, Protocol
 
 from moebench.catalogue.layer_forms import LAYER_FORMS
@@ -77,6 +78,10 @@ class Entry:
     def spent_s(self) -> float:
         """Sampling time so far."""
         return sum(self.wall_ms) / 1e3
+
+    def flag(self, *flags: str) -> None:
+        """Add flags, each once."""
+        self.flags += [flag for flag in dict.fromkeys(flags) if flag not in self.flags]
 
     def fail(self, status: str, reason: str) -> None:
         """Take it out of the race."""
@@ -204,6 +209,9 @@ class BlockRun:
             if entry.live and entry.role == "arm":
                 entry.peak = self._ask(entry, "memory") or {}
         self._sample(timed)
+        for entry in timed:
+            if entry.live and entry.role == "arm":
+                self._recheck(entry)
         if self.settings.energy:
             self._measure_energy(timed)
 
@@ -261,6 +269,12 @@ class BlockRun:
             entry.wall_ms += reply["wall_ms"]
             entry.rounds += [number] * len(reply["device_ms"])
 
+    def _recheck(self, entry: Entry) -> None:
+        reply = self._ask(entry, "recheck", latency_ms=median(entry.samples_ms)) or {}
+        entry.flag(*reply.get("flags", []))
+        if entry.live and reply.get("wrong"):
+            entry.fail("inaccurate", reply["wrong"])
+
     def _measure_energy(self, timed: list[Entry]) -> None:
         settings = self.settings
         running = [entry for entry in timed if entry.live and entry.role == "arm"]
@@ -273,6 +287,8 @@ class BlockRun:
         """Ask about one entry; None when that raised there, and then the entry has its status."""
         self._asked = entry
         reply = self.worker.ask(do, deadline_s=self._deadline_s(entry, do), index=entry.index, **arguments)
+        if "changed_modes" in reply:
+            entry.flag(*(f"changed_{name}" for name in reply["changed_modes"]))
         if "status" not in reply:
             return reply
         if reply.get("fatal"):

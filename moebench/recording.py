@@ -27,6 +27,8 @@ class Context:
     ceilings: dict[str, Any] | None
     providers: dict[str, dict[str, Any]]
     cache_bytes: int | None
+    threads: int | None = None
+    modes: str | None = None
     replicate: int = 0
 
 
@@ -40,7 +42,8 @@ def record_of(entry: Entry, block: Block, context: Context, state_flags: list[st
         outcome["flags"] = entry.flags + state_flags + _memory_flags(entry) + outcome["flags"]
     else:
         outcome = {"status": "verified"}
-    return Record(**(_identity(entry, block, context) | _routing(entry) | _errors(entry) | outcome))
+    known = _identity(entry, block, context) | _modes(entry, context) | _routing(entry) | _errors(entry)
+    return Record(**(known | outcome))
 
 
 def skipped(entry: Entry, block: Block, context: Context, reason: str) -> Record:
@@ -84,6 +87,11 @@ def _identity(entry: Entry, block: Block, context: Context) -> dict[str, Any]:
         "seed": problem.seed,
         "replicate": context.replicate,
     }
+
+
+def _modes(entry: Entry, context: Context) -> dict[str, Any]:
+    """What it ran under; null where it did not run."""
+    return {"threads": context.threads, "modes": context.modes} if entry.facts else {}
 
 
 def _routing(entry: Entry) -> dict[str, Any]:

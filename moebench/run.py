@@ -196,8 +196,19 @@ class _Run:
             raise RunError(f"the worker does not start: {lost.reason}; {self.directory.log} may say why") from None
         if "status" in hello:
             raise ValueError(f"--device {self.options.device}: {hello['reason'].partition(': ')[2]}")
-        self.hello = hello
+        self.hello = self._held(self.worker, hello)
         return self.worker
+
+    def _held(self, worker: Remote, hello: Reply) -> Reply:
+        """What the worker said of itself, and of the modes that it holds from now on."""
+        try:
+            held = worker.ask("hold", deadline_s=START_DEADLINE_S, **self.suite.modes.model_dump())
+        except WorkerLost as lost:
+            raise RunError(f"the worker does not start: {lost.reason}; {self.directory.log} may say why") from None
+        if "status" in held:
+            raise ValueError(f"{self.suite.name}: {held['reason'].partition(': ')[2]}")
+        machine = {**hello["machine"], "torch_threads": held["threads"], "held_cores": held["cores"]}
+        return {**hello, "machine": machine, "threads": held["threads"], "modes": held["modes"]}
 
     def _manifest(self, before: Manifest | None) -> Manifest:
         device_kind = self.hello["device_kind"]
@@ -243,6 +254,8 @@ class _Run:
             ceilings=manifest.ceilings,
             providers=manifest.providers,
             cache_bytes=manifest.machine.get("cache_bytes"),
+            threads=self.hello["threads"],
+            modes=self.hello["modes"],
         )
 
     def _deadline(self) -> float:

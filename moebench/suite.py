@@ -17,10 +17,10 @@ from moebench import expand
 from moebench.axes import AXES, CUSTOM, Value, shown
 from moebench.expand import Cell, Survey
 from moebench.point import Block, Variant, digest
-from moebench.suite_file import MAX_FAULTS, Budget, SuiteError, SuiteFile, parse, read_source, shipped
+from moebench.suite_file import MAX_FAULTS, Budget, Modes, SuiteError, SuiteFile, parse, read_source, shipped
 from moebench.sweep import Sweep, Values, files_named, override_key, read_overrides, read_sweep, read_values
 
-__all__ = ["Budget", "PlanSize", "Suite", "SuiteError", "load_suite", "parse_shard", "shard", "shipped"]
+__all__ = ["Budget", "Modes", "PlanSize", "Suite", "SuiteError", "load_suite", "parse_shard", "shard", "shipped"]
 
 DeviceKind = Literal["cpu", "cuda"]
 Item = TypeVar("Item")
@@ -48,6 +48,7 @@ class Suite:
         seed: of weights, inputs, routing and the shuffling of rounds.
         replicates: repeats in fresh workers.
         budget: how long measuring may take.
+        modes: threads, cores and dtype modes of the process that measures.
         text: the files as read.
         overrides: axis -> values of `--set`.
         digest: changes when text or overrides do.
@@ -61,6 +62,7 @@ class Suite:
     seed: int
     replicates: int
     budget: Budget
+    modes: Modes
     text: str
     overrides: dict[str, tuple[Value, ...]]
     digest: str
@@ -114,6 +116,8 @@ def load_suite(
     if faults:
         raise SuiteError(faults)
     files = [part for _, part in parts]
+    if any(part.modes != files[0].modes for part in files):
+        raise SuiteError([f"{parts[0][0]} and {parts[-1][0]}: modes: differ, and one run has one set of them"])
     return Suite(
         name="+".join(dict.fromkeys(part.name for part in files)),
         question=" ".join(dict.fromkeys(part.question for part in files)),
@@ -121,6 +125,7 @@ def load_suite(
         seed=files[0].seed,
         replicates=max(part.replicates for part in files),
         budget=_longest([part.budget for part in files]),
+        modes=files[0].modes,
         text="\n".join(texts),
         overrides=chosen,
         digest=digest(

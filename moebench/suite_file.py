@@ -58,6 +58,22 @@ class Budget(_Strict):
     deadline_seconds: float = Field(default=120.0, gt=0, le=86_400)
 
 
+class Modes(_Strict):
+    """Modes of the process that change numbers; each holds for the whole suite and stands in every row.
+
+    Attributes:
+        threads: torch's threads inside an operator; null: as many as PyTorch takes.
+        cores: logical cores to stay on; null: all that the process may use.
+        tf32: whether fp32 GEMMs may round their inputs to TF32.
+        reduced_precision_reductions: whether fp16 and bf16 GEMMs may add up in their own precision (PyTorch's default).
+    """
+
+    threads: int | None = Field(default=None, ge=1, le=4096)
+    cores: list[int] | None = Field(default=None, min_length=1, max_length=4096)
+    tf32: bool = False
+    reduced_precision_reductions: bool = True
+
+
 class SweepTable(_Strict):
     """One [[sweep]]: product of grid, zip rows and explicit rows."""
 
@@ -77,6 +93,7 @@ class SuiteFile(_Strict):
     seed: int = Field(default=0, ge=0, le=2**30)
     replicates: int = Field(default=1, ge=1, le=1000)
     budget: Budget = Budget()
+    modes: Modes = Modes()
     defaults: dict[str, Any] = {}
     sweep: list[SweepTable] = Field(min_length=1, max_length=100)
 
@@ -175,7 +192,8 @@ def _key(loc: tuple[int | str, ...]) -> str:
 def _hint(key: str, parent: tuple[int | str, ...]) -> str:
     schema: type[BaseModel] = SuiteFile
     if parent:
-        schema = Budget if parent[0] == "budget" else SweepTable
+        tables: dict[str, type[BaseModel]] = {"budget": Budget, "modes": Modes}
+        schema = tables.get(str(parent[0]), SweepTable)
     allowed = list(schema.model_fields)
     home = " (an axis: it belongs in grid, zip, points or defaults)" if key in AXES else ""
     return f"{home or nearest(key, allowed)} (allowed: {', '.join(allowed)})"

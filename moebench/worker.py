@@ -20,9 +20,10 @@ from typing import Any, TextIO
 import torch
 
 from moebench.arm import Arm, Bench, make_case
-from moebench.measure import ceilings, device, energy, latency, memory
+from moebench.measure import ceilings, device, energy, latency, memory, modes
 from moebench.point import DRAWS, QUANTISED_PRECISIONS, Problem, Variant, problem_from_json
 from moebench.providers.load import Unavailable, load
+from moebench.recheck import recheck
 from moebench.weights import Weights, make_weights, weight_bytes
 from moebench.workload import make_draws
 from moebench.yardsticks import Yardstick, make_yardstick
@@ -39,6 +40,7 @@ class Worker:
         self.arms: dict[int, Arm | Yardstick] = {}
         self.timers: dict[int, latency.Timer] = {}
         self.probe: device.StateProbe | None = None
+        self.held: modes.Modes | None = None
         memory.pin_allocator()
 
     @property
@@ -51,9 +53,7 @@ class Worker:
         if device_kind == "cuda" and not torch.cuda.is_available():
             raise Unavailable("no CUDA device is available to PyTorch here")
         self.device = "cuda" if device_kind != "cpu" and torch.cuda.is_available() else "cpu"
-        if self.kind == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32; this process is ours alone
-        else:
+        if self.kind == "cpu":
             os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it once
         return {
             "device_kind": self.kind,
@@ -75,6 +75,12 @@ class Worker:
     def ceilings(self, precisions: list[str], seconds: float) -> dict[str, Any]:
         """Measured ceilings of this machine."""
         return ceilings.measure_ceilings(self.device, precisions, seconds_per_probe=seconds)
+
+    def hold(self, **wanted: Any) -> dict[str, Any]:
+        """Set the suite's modes (`moebench.suite_file.Modes`) for good and say what they are."""
+        self.held = modes.wanted_modes(**wanted)
+        modes.apply_modes(self.held)
+        return {"threads": self.held.threads, "cores": list(self.held.cores), "modes": self.held.text()}
 
     def open(self, problem: dict[str, Any], precisions: list[str]) -> dict[str, Any]:
         """Build a problem's weights and draws; weights of the same layer are kept from the block before."""
@@ -145,6 +151,12 @@ class Worker:
         if self.probe is not None:
             self.probe.sample()
         return {"device_ms": samples.device_ms, "wall_ms": samples.wall_ms}
+
+    def recheck(self, index: int, latency_ms: float) -> dict[str, Any]:
+        """Whether what was timed was the work that was checked; flags, and "wrong" where it was not."""
+        arm = self.arms[index]
+        assert isinstance(arm, Arm)
+        return recheck(arm, self.timers[index], latency_ms, self.kind)._asdict()
 
     def energy(self, index: int, window_s: float, trials: int, cool_down_s: float) -> dict[str, Any]:
         """Joules per call, or why there is no number."""
@@ -224,6 +236,13 @@ def breaks_device(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "CUDA error" in text and "out of memory" not in text
 
 
+def changes(worker: object) -> dict[str, Any]:
+    """Which modes the last message changed, after they have been put back: {"changed_modes": [names]}, or {}."""
+    held = getattr(worker, "held", None)
+    found = modes.put_back(held) if held is not None else []
+    return {"changed_modes": found} if found else {}
+
+
 def serve(worker: object, requests: queue.Queue[str | None], replies: TextIO) -> None:
     """Answer requests, each by the worker's method of that name, until there are no more."""
     while (line := requests.get()) is not None:
@@ -234,7 +253,7 @@ def serve(worker: object, requests: queue.Queue[str | None], replies: TextIO) ->
         except Exception as error:  # noqa: BLE001 - whatever a provider raises costs its own point only
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             reply = {"status": status_of(error), "reason": reason, "fatal": breaks_device(error)}
-        replies.write(json.dumps(reply) + "\n")
+        replies.write(json.dumps(reply | changes(worker)) + "\n")
         replies.flush()
 
 

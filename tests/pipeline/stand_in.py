@@ -50,6 +50,9 @@ class Answers:
             "cache_bytes": 1 << 20, "available_bytes": 1 << 34,
         }  # fmt: skip
 
+    def hold(self, **wanted: Any) -> dict[str, Any]:
+        return {"threads": wanted["threads"] or 2, "cores": [0, 1], "modes": "tf32=off"}
+
     def provider(self, name: str) -> dict[str, Any]:
         path = name.rpartition(":")[0]
         if not path:
@@ -89,6 +92,9 @@ class Answers:
 
     def burst(self, index: int, count: int, start: int) -> dict[str, Any]:
         return {"device_ms": [self.latency_ms] * count, "wall_ms": [self.latency_ms] * count}
+
+    def recheck(self, index: int, latency_ms: float) -> dict[str, Any]:
+        return {"wrong": None, "flags": []}
 
     def energy(self, index: int, window_s: float, trials: int, cool_down_s: float) -> dict[str, Any]:
         return {"source": "none", "reason": "straw has no meter"}

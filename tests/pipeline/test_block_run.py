@@ -62,13 +62,30 @@ def test_all_are_built_then_all_checked_then_all_warmed_and_only_then_sampled():
     order = steps(crew.workers[0])
     assert order[0] == "open"
     assert list(dict.fromkeys(order)) == [
-        "open", "arm", "yardstick", "check", "warm", "memory", "state_begin", "burst", "state_end"
+        "open", "arm", "yardstick", "check", "warm", "memory", "state_begin", "burst", "state_end", "recheck"
     ]  # fmt: skip
     phases = [do for do in order if do not in ("open", "burst", "state_begin", "state_end")]
-    assert phases == ["arm"] * 3 + ["yardstick"] * 3 + ["check"] * 6 + ["warm"] * 6 + ["memory"] * 3
-    assert order[-1] == "state_end"
+    assert phases == ["arm"] * 3 + ["yardstick"] * 3 + ["check"] * 6 + ["warm"] * 6 + ["memory"] * 3 + ["recheck"] * 3
     assert all(entry.live and entry.samples_ms for entry in entries.values())
     assert set(entries) == EVERYONE
+
+
+def test_an_arm_that_was_timed_at_other_work_than_was_checked_loses_its_numbers():
+    found = {"wrong": "its output had been kept", "flags": []}
+    crew = Crew({("torch-bmm", "recheck"): found, ("torch-loop", "recheck"): {"flags": ["reuses_output"]}})
+    entries = run(crew)
+    assert (entries["torch-bmm"].status, entries["torch-bmm"].reason) == ("inaccurate", "its output had been kept")
+    assert entries["torch-loop"].live
+    assert entries["torch-loop"].flags == ["reuses_output"]
+    assert {each.about for each in crew.asked("recheck")} == {"torch-loop", "torch-bmm", "torch-grouped"}
+    assert all(each.arguments["latency_ms"] > 0 for each in crew.asked("recheck"))
+
+
+def test_modes_that_a_provider_changed_are_flags_of_its_row_each_once():
+    crew = Crew({("torch-bmm", "burst"): {"changed_modes": ["threads", "tf32"]}})
+    entries = run(crew)
+    assert entries["torch-bmm"].flags == ["changed_threads", "changed_tf32"]
+    assert entries["torch-loop"].flags == []
 
 
 def test_yardsticks_stand_in_every_block_the_gemm_once_for_each_precision():
