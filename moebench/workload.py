@@ -194,14 +194,15 @@ def can_impose(layer: LayerSpec) -> bool:
 
 
 def make_inputs(draw: Draw, capacity: Capacity, precision: str, device: str, *, backward: bool) -> Inputs:
-    """The draw as a variant sees it: rounded to its precision, under its capacity rule, on its device."""
+    """The draw as a variant sees it, in memory of its own: rounded to its precision, under its capacity rule."""
+    # Copied even where nothing has to be converted: the check overwrites its inputs, and a provider may.
     dtype = DTYPES[base_precision(precision)]
     choice, side = choice_of(with_capacity(draw.routing, capacity)), draw.side
-    given = {name: value.to(device) for name, value in vars(choice).items() if value is not None}
-    given |= {name: value.to(device) for name, value in side.tensors().items()}
+    given = {name: value.to(device, copy=True) for name, value in vars(choice).items() if value is not None}
+    given |= {name: value.to(device, copy=True) for name, value in side.tensors().items()}
     return Inputs(
-        x=draw.x.to(device, dtype),
-        upstream=draw.upstream.to(device, dtype) if backward else None,
-        dense_x=None if draw.dense_x is None else draw.dense_x.to(device, dtype),
+        x=draw.x.to(device, dtype, copy=True),
+        upstream=draw.upstream.to(device, dtype, copy=True) if backward else None,
+        dense_x=None if draw.dense_x is None else draw.dense_x.to(device, dtype, copy=True),
         **given,
     )

@@ -17,8 +17,8 @@ HEAVY = {"torch", "triton", "numpy", "pandas", "pyarrow", "pydantic", "scipy", "
          "jinja2", "rich", "transformers"}  # fmt: skip
 # The worker's process, and what only it imports.
 WORKERS_SIDE = {
-    "answer", "arm", "check", "check_stages", "expected", "oracle", "oracle_gate", "probe", "recheck", "weights", "worker",
-    "workload", "yardsticks", "layer_forms", "providers", "routing", "measure",
+    "answer", "arm", "check", "check_stages", "expected", "oracle", "oracle_gate", "probe", "recheck", "weights",
+    "worker", "workload", "yardsticks", "layer_forms", "providers", "routing", "measure",
 }  # fmt: skip
 OTHER_WORKERS = {"tune.product", "tune.worker", "tracing", "tracing_hooks"}
 NAMED = {"cli", "catalogue", "suite", "work", "point", "record", "analyse", "report", "run", "api", "measure.latency"}
