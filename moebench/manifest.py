@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from moebench import __version__
+from moebench.axes import shown
 from moebench.catalogue.cost import cost_inputs
 from moebench.catalogue.hardware import Hardware, match
 from moebench.options import Options
@@ -39,14 +40,17 @@ def new_manifest(
         ceilings: as measured, or None.
     """
     hardware = match(hello["device"], table)
-    started = now()
     return Manifest(
-        run_id=hashlib.sha256(f"{started}{os.getpid()}{options.out}".encode()).hexdigest()[:12],
+        run_id=os.urandom(6).hex(),  # a clock that was set back must not make two runs one
         suite=suite.name,
         question=suite.question,
         suite_hash=_suite_hash(suite, options),
         suite_text=suite.text,
-        overrides={axis: list(values) for axis, values in suite.overrides.items()},
+        overrides=_overrides(suite),
+        joined=list(suite.joined),
+        files=suite.files,
+        shard=options.shard,
+        check_only=options.check_only,
         command=options.command,
         **_git(),
         device=hello["device"],
@@ -58,7 +62,7 @@ def new_manifest(
         cost=cost_inputs(hardware),
         providers=providers,
         points=suite.count(hello["device_kind"]).points,
-        started_at=started,
+        started_at=now(),
     )
 
 
@@ -70,7 +74,7 @@ def require_same(before: Manifest, suite: Suite, options: Options, hello: Reply,
     """
     changed = []
     if before.suite_hash != _suite_hash(suite, options):
-        changed.append("the suite file, a router file or trace it names, its overrides, --shard or --check-only")
+        changed += _suite_changes(before, suite, options) or ["the suite"]
     if before.device != hello["device"]:
         changed.append(f"the device ({before.device} then, {hello['device']} now)")
     for name, facts in providers.items():
@@ -88,6 +92,51 @@ def now() -> str:
 
 def _suite_hash(suite: Suite, options: Options) -> str:
     return digest([suite.digest, list(options.shard), options.check_only])
+
+
+def _overrides(suite: Suite) -> dict[str, list[Any]]:
+    return {axis: list(values) for axis, values in suite.overrides.items()}
+
+
+def _suite_changes(before: Manifest, suite: Suite, options: Options) -> list[str]:
+    """What of the suite and of its options is not as the manifest has it."""
+    changed = []
+    if before.suite_text != suite.text:
+        changed.append(f"the suite file ({_first_difference(before.suite_text, suite.text)})")
+    for axis, then, now in _differences(before.overrides, _overrides(suite)):
+        key = "--provider" if axis == "provider" else f"--set {axis}"
+        changed.append(f"{key} ({_given(then)} then, {_given(now)} now)")
+    if before.joined != list(suite.joined):
+        changed.append(f"--provider ({_given(before.joined)} then, {_given(suite.joined)} now)")
+    changed += [f"the contents of {path}" for path, *both in _differences(before.files, suite.files) if all(both)]
+    for option, then, now in (
+        ("--shard", "{}/{}".format(*before.shard), "{}/{}".format(*options.shard)),
+        ("--check-only", *("given" if given else "not given" for given in (before.check_only, options.check_only))),
+    ):
+        changed += [f"{option} ({then} then, {now} now)"] if then != now else []
+    return changed
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) where they differ; a key that is not there has None."""
+    for key in sorted(then.keys() | now.keys()):
+        if then.get(key) != now.get(key):
+            yield key, then.get(key), now.get(key)
+
+
+def _first_difference(then: str, now: str) -> str:
+    """The first line of a text that another does not have there."""
+    lines = enumerate(zip_longest(then.split("\n"), now.split("\n")), 1)
+    number, (old, new) = next((number, pair) for number, pair in lines if pair[0] != pair[1])
+    columns = enumerate(zip_longest(old or "", new or "", fillvalue=""))
+    at = next((at for at, pair in columns if pair[0] != pair[1]), 0)
+    start = max(0, at - 20)  # of long lines, from shortly before they part
+    old, new = ("no such line" if line is None else shown(line[start:]) for line in (old, new))
+    return f"line {number}: {old} then, {new} now"
+
+
+def _given(values: Iterable[Any] | None) -> str:
+    return shown(",".join(map(str, values))) if values else "not given"
 
 
 def _state(facts: dict[str, Any]) -> str:

@@ -181,6 +181,10 @@ class Manifest(BaseModel):
     Attributes:
         suite_hash: digest of the suite text and the overrides; `--resume` requires the same.
         suite_text: the suite file(s) as read.
+        joined: providers that `--provider` adds to the suite's own.
+        files: router files and traces that the suite names -> digest of what they held.
+        shard: (i, n), the share of the blocks.
+        check_only: whether points are checked and not timed.
         versions: moebench, python, torch, triton, numpy, ...
         machine: host facts: cpu, cores, memory, gpu, driver, os.
         ceilings: measured on this machine: {"gemm_tflops": {precision: x}, "copy_gbs": x, "read_gbs": x, ...};
@@ -200,6 +204,10 @@ class Manifest(BaseModel):
     suite_hash: str
     suite_text: str
     overrides: dict[str, list[Any]] = {}
+    joined: list[str] = []
+    files: dict[str, str] = {}
+    shard: tuple[int, int] = (1, 1)
+    check_only: bool = False
     command: str
     git_commit: str | None = None
     git_dirty: bool | None = None

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moebench.failures import RunError
+
 CLOSED_PIPE_S = 2.0
 
 Reply = dict[str, Any]
@@ -36,7 +38,11 @@ class WorkerLost(Exception):
 
 
 class Remote:
-    """A worker process, `python -m` of a module that answers as moebench.worker does."""
+    """A worker process, `python -m` of a module that answers as moebench.worker does.
+
+    Raises:
+        RunError: the system starts no process.
+    """
 
     def __init__(self, log: Path, environment: Mapping[str, str], module: str = "moebench.worker") -> None:
         self.log = log
@@ -44,15 +50,19 @@ class Remote:
         with log.open("ab") as stderr:
             self._log_start = stderr.tell()
             # A session of its own: Ctrl-C reaches the parent alone, and a kill reaches what the worker started.
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", module],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env={**os.environ, **environment},
-                text=True,
-                start_new_session=True,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", module],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    env={**os.environ, **environment},
+                    text=True,
+                    errors="replace",
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise RunError(f"the worker cannot be started: {sys.executable}: {error.strerror}") from None
         self._replies: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._pump, daemon=True).start()
         threading.Thread(target=self._reap, daemon=True).start()
@@ -75,7 +85,16 @@ class Remote:
             line = ""
         if not line.endswith("\n"):  # the end of the pipe, or a reply that death has cut
             raise self._obituary(do)
-        reply: Reply = json.loads(line)
+        return self._read(do, line)
+
+    def _read(self, do: str, line: str) -> Reply:
+        try:
+            reply = json.loads(line)
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict):  # who writes into the worker's pipes can no longer be told from the worker
+            self.kill()
+            raise WorkerLost("crashed", f"{do}: the worker's reply cannot be read, so it was ended")
         return reply
 
     def kill(self) -> None:

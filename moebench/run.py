@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections import Counter
@@ -79,7 +80,7 @@ def run_suite(suite: Suite, options: Options, progress: Progress | None = None) 
         try:
             return _Run(suite, options, directory, table, progress or Progress()).go(before)
         except OSError as error:
-            what = error.strerror or str(error)
+            what = os.strerror(error.errno) if error.errno else str(error)  # pyarrow puts a sentence around it
             raise RunError(f"{options.out} cannot be written any more: {what}; what was measured is kept") from error
 
 

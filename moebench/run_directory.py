@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from moebench.point import SCHEMA_VERSION
 from moebench.record import Journal, Manifest, Record
 
 MANIFEST, JOURNAL, RESULTS, LOCK, LOG = "manifest.json", "journal.jsonl", "results.parquet", "lock", "worker.log"
@@ -89,10 +90,14 @@ class RunDirectory:
 
     def _read_manifest(self) -> Manifest:
         try:
-            return Manifest.model_validate_json((self.path / MANIFEST).read_bytes())
+            manifest = Manifest.model_validate_json((self.path / MANIFEST).read_bytes())
         except ValueError as error:
             first = str(error).splitlines()[0]
             raise RunDirectoryError(f"{self.path / MANIFEST} is damaged ({first}); start in another --out") from None
+        if manifest.schema_version != SCHEMA_VERSION:
+            schemas = f"of schema {manifest.schema_version}, and this moebench goes on with {SCHEMA_VERSION}"
+            raise RunDirectoryError(f"{self.path / MANIFEST} is {schemas}; start in another --out")
+        return manifest
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -118,6 +123,6 @@ def newest_unfinished(folder: Path, prefix: str) -> Path | None:
     """The newest run directory under `folder` whose name starts with `prefix` and that is not complete."""
     for path in sorted(folder.glob(f"{prefix}-*"), reverse=True):
         manifest = path / MANIFEST
-        if path.is_dir() and (not manifest.exists() or '"finished": "complete"' not in manifest.read_text()):
+        if path.is_dir() and (not manifest.exists() or b'"finished": "complete"' not in manifest.read_bytes()):
             return path
     return None

@@ -51,6 +51,8 @@ class Suite:
         modes: threads, cores and dtype modes of the process that measures.
         text: the files as read.
         overrides: axis -> values of `--set`.
+        joined: providers that race beside the suite's own in every sweep.
+        files: router files and traces that the sweeps name -> digest of what they hold.
         digest: changes when text or overrides do.
         sweeps: what `blocks` walks.
         surveys: device kind -> counts and an even sample of its cells.
@@ -65,6 +67,8 @@ class Suite:
     modes: Modes
     text: str
     overrides: dict[str, tuple[Value, ...]]
+    joined: tuple[str, ...]
+    files: dict[str, str]
     digest: str
     sweeps: tuple[Sweep, ...] = field(repr=False)
     surveys: dict[DeviceKind, Survey] = field(repr=False, compare=False)
@@ -116,6 +120,7 @@ def load_suite(
     if faults:
         raise SuiteError(faults)
     files = [part for _, part in parts]
+    named = files_named(sweeps)
     if any(part.modes != files[0].modes for part in files):
         raise SuiteError([f"{parts[0][0]} and {parts[-1][0]}: modes: differ, and one run has one set of them"])
     return Suite(
@@ -128,9 +133,9 @@ def load_suite(
         modes=files[0].modes,
         text="\n".join(texts),
         overrides=chosen,
-        digest=digest(
-            [texts, {name: list(values) for name, values in chosen.items()}, list(joining), files_named(sweeps)]
-        ),
+        joined=tuple(joining),
+        files=named,
+        digest=digest([texts, _plain(chosen), list(joining), list(named.values())]),
         sweeps=tuple(sweeps),
         surveys=surveys,
     )

@@ -58,12 +58,12 @@ class Sweep:
         return {row[name] for choice in self.choices if name in choice.axes for row in choice.rows}
 
 
-def files_named(sweeps: Iterable[Sweep]) -> list[str]:
-    """Digests of the router files and traces that the sweeps name: what they hold is part of the suite."""
+def files_named(sweeps: Iterable[Sweep]) -> dict[str, str]:
+    """Router files and traces that the sweeps name -> digest of what they hold, which is part of the suite."""
     names = {str(value) for sweep in sweeps for axis in ("router", "traffic") for value in sweep.values(axis)}
     paths = {name.rpartition(":")[0] for name in names if is_file(name)}
     paths |= {str(path) for name in names if name.startswith("trace:") and (path := parse_traffic(name).path)}
-    return [hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() for path in sorted(paths)]
+    return {path: hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() for path in sorted(paths)}
 
 
 def read_values(key: str, given: Mapping[str, Any], faults: list[str]) -> dict[str, tuple[Value, ...]]:

@@ -376,13 +376,13 @@ def stopped(tmp_path, crew):
 
 
 def test_resuming_needs_the_same_suite(tmp_path, crew, stopped):
-    why = "the suite file, a router file or trace it names, its overrides, --shard or --check-only"
-    assert resumed_with(tmp_path, suite_of(tmp_path, "seed = 1\n")) == why
+    changed = "the suite file (line 1: 'name = \"tiny\"' then, 'seed = 1' now)"
+    assert resumed_with(tmp_path, suite_of(tmp_path, "seed = 1\n")) == changed
     suite_of(tmp_path)
     overridden = load_suite([str(tmp_path / "tiny.toml")], {"tokens": ["4"]})
-    assert resumed_with(tmp_path, overridden) == why
-    assert resumed_with(tmp_path, shard=(1, 2)) == why
-    assert resumed_with(tmp_path, check_only=True) == why
+    assert resumed_with(tmp_path, overridden) == "--set tokens (not given then, '4' now)"
+    assert resumed_with(tmp_path, shard=(1, 2)) == "--shard (1/1 then, 1/2 now)"
+    assert resumed_with(tmp_path, check_only=True) == "--check-only (not given then, given now)"
     assert (tmp_path / "run" / "journal.jsonl").read_bytes() == stopped
     assert go(tmp_path, resume=True).exit_code == 0
 
