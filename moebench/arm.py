@@ -37,6 +37,7 @@ class Bench:
     weights: Weights
     draws: tuple[Draw, ...]
     known: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # the oracle's answers so far
+    tampered: set[str] = field(default_factory=set)  # weights that some arm changed while the arms were timed
 
     @cached_property
     def row_sums(self) -> dict[str, Tensor]:
@@ -82,11 +83,19 @@ class Arm:
 
         The weights are every arm's: changing them is an error, and they are put right for the others.
         """
+        verdict, changed = self._guarded_check()
+        if changed:  # by another arm, it may be, while that one was prepared or timed: who does it again did it
+            self.bench.tampered.add(changed)
+            verdict, changed = self._guarded_check()
+        return Verdict(None, None, None, f"changed the layer's {changed}") if changed else verdict
+
+    def _guarded_check(self) -> tuple[Verdict, str | None]:
+        """(the verdict, the weights found changed after it, which are right again), whatever the provider raises."""
         try:
             verdict = self._check()
         finally:
             changed = self.restore_weights()
-        return Verdict(None, None, None, f"changed the layer's {changed}") if changed else verdict
+        return verdict, changed
 
     def _check(self) -> Verdict:
         first, judged = self.bench.draws[0], self.bench.draws[-1]

@@ -4,7 +4,7 @@ A provider may give the right answer when it is checked and something cheaper wh
 in bad faith or by a cache that means well: an output that it keeps, work that goes on after it has
 returned, an answer that is right for the first calls only. So after the race:
 
-1. the inputs and the weights must be as they were;
+1. the inputs and the weights must be as they were (weights that nobody is seen to change again: a flag on every arm);
 2. on inputs that have not changed, a second answer must be computed again (the first one has been
    overwritten with NaN by then), and must not change after it has been returned;
 3. on new values in the same buffers, through whatever was timed (a graph's replay, too), the whole check again;
@@ -50,7 +50,7 @@ def recheck(arm: Arm, timer: Timer, latency_ms: float, device_kind: str) -> Find
         wrong = ask(arm, timer, latency_ms, device_kind)
         if wrong is not None:
             return Finding(wrong, [])
-    flags = []
+    flags = ["weights_changed"] if arm.bench.tampered else []
     if _keeps_its_output(arm):
         flags.append("reuses_output")
     if _faster_on_repeats(arm, latency_ms, device_kind):
@@ -62,6 +62,16 @@ def _unchanged(arm: Arm, timer: Timer, latency_ms: float, device_kind: str) -> s
     changed = arm.changed_input()
     if changed:
         return f"changed its input {changed} while it was timed"
+    return _changes_weights(arm)
+
+
+def _changes_weights(arm: Arm) -> str | None:
+    """The weights are every arm's: where they have changed, whoever changes them again is the one who did."""
+    arm.bench.tampered.update(filter(None, [arm.restore_weights()]))
+    if not arm.bench.tampered:
+        return None
+    for index in range(len(arm.buffers)):
+        arm.call(index)
     changed = arm.restore_weights()
     return f"changed the layer's {changed} while it was timed" if changed else None
 

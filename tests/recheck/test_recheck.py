@@ -84,6 +84,15 @@ def test_weights_that_were_changed_are_put_right_for_the_others() -> None:
     assert arm_of("torch-loop", arm.bench).check().wrong is None
 
 
+def test_whoever_changes_the_weights_is_blamed_and_nobody_else() -> None:
+    arm, timer, latency_ms = timed_arm(cheat("changes_w_down_later"))
+    honest = arm_of("torch-loop", arm.bench)
+    assert honest.check().wrong is None
+    arm.call(0)
+    assert recheck(honest, timer, 1.0, "cpu") == Finding(None, ["weights_changed"])
+    assert_says("changed the layer's w_down while it was timed", recheck(arm, timer, latency_ms, "cpu").wrong)
+
+
 def test_the_inputs_are_as_they_were_after_a_recheck() -> None:
     arm, timer, latency_ms = timed_arm("torch-loop")
     before = [buffer.clone() for buffer in arm.buffers]
