@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_arms import arm_of, assert_says, bench_of, layer_of, shared
+from core.core_arms import arm_of, assert_says, bench_of, layer_of, shared
 
 from moebench import recheck as product
 from moebench.arm import Arm
