@@ -173,6 +173,8 @@ class Record(BaseModel):
 
 
 COLUMNS: tuple[str, ...] = tuple(Record.model_fields)
+# Nothing is lost by it: a block of which a line is missing is measured again.
+REPAIR = "delete its line and go on with --resume, or start in another --out"
 
 
 class Manifest(BaseModel):
@@ -251,7 +253,7 @@ class Journal:
                 record = Record.model_validate_json(line)
             except ValidationError as error:
                 what = error.errors()[0]["msg"]
-                raise ValueError(f"{self.path}: line {number} is not a record: {what}") from None
+                raise ValueError(f"{self.path}: line {number} is not a record: {what}; {REPAIR}") from None
             records[record.point_id, record.replicate] = record
         return list(records.values())
 

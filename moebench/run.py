@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -22,10 +20,11 @@ from moebench.manifest import new_manifest, now, require_same
 from moebench.options import Options
 from moebench.point import Block
 from moebench.providers import is_file, is_yardstick
-from moebench.record import FAULTS, GOOD, Manifest, Record
+from moebench.record import FAULTS, GOOD, REPAIR, Manifest, Record
 from moebench.recording import Context, record_of, skipped
 from moebench.remote import Remote, Reply, WorkerLost
 from moebench.run_directory import RunDirectory
+from moebench.signals import stops_on_sigterm
 from moebench.suite import Suite, shard
 from moebench.work import held_bytes
 
@@ -76,7 +75,7 @@ def run_suite(suite: Suite, options: Options, progress: Progress | None = None) 
     """
     table = hardware_table(options.hardware)
     directory = RunDirectory(options.out)
-    with directory.opened(resume=options.resume) as before, _stops_on_sigterm():
+    with directory.opened(resume=options.resume) as before, stops_on_sigterm():
         try:
             return _Run(suite, options, directory, table, progress or Progress()).go(before)
         except OSError as error:
@@ -108,9 +107,10 @@ class _Run:
             try:
                 self._start_worker()
                 manifest = self._manifest(before)
+                done = self._done(manifest)  # a journal that is refused leaves the folder as it is
                 self.directory.write_manifest(manifest)
                 self.directory.results.unlink(missing_ok=True)  # a stale table would outlive the journal
-                left_out = self._measure_all(manifest)
+                left_out = self._measure_all(manifest, done)
                 finished = "interrupted" if left_out else "complete"
             except KeyboardInterrupt:
                 left_out = True
@@ -123,9 +123,28 @@ class _Run:
         except KeyboardInterrupt:  # a second one, while the table was being written: the journal has everything
             return Outcome(self.options.out, interrupted=True)
 
-    def _measure_all(self, manifest: Manifest) -> bool:
-        """Measure what is not in the journal; True when the budget left something out."""
-        done = {(record.point_id, record.replicate) for record in self.directory.records()}
+    def _done(self, manifest: Manifest) -> set[tuple[str, int]]:
+        """(point_id, replicate) of what the journal holds.
+
+        Raises:
+            ValueError: its lines are damaged, or not of this run and suite.
+        """
+        done, journal = set(), self.directory.journal.path
+        for record in self.directory.records():
+            if record.run_id != manifest.run_id:
+                raise ValueError(f"{journal}: point {record.point_id} is of another run, {record.run_id}; {REPAIR}")
+            done.add((record.point_id, record.replicate))
+        strangers = set(done)
+        if strangers:
+            for replicate in range(self.suite.replicates):
+                for block in self._blocks(manifest):
+                    strangers -= {(entry.point_id, replicate) for entry in self._entries(block)}
+        if strangers:
+            raise ValueError(f"{journal}: point {min(strangers)[0]} is not in the suite; {REPAIR}")
+        return done
+
+    def _measure_all(self, manifest: Manifest, done: set[tuple[str, int]]) -> bool:
+        """Measure what is not done; True when the budget left something out."""
         self.progress.started(manifest, len(done))
         deadline = self._deadline()
         unavailable = {
@@ -281,21 +300,3 @@ def _named(suite: Suite, axis: str, device_kind: str) -> list[str]:
     default = VARIANT_DEFAULTS.get(axis, "")
     sweeps = [sweep for sweep in suite.sweeps if sweep.device in (None, device_kind)]
     return list(dict.fromkeys(value for sweep in sweeps for value in sorted(map(str, sweep.values(axis) or [default]))))
-
-
-@contextmanager
-def _stops_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does; the handler is put back."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: then the caller owns the signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

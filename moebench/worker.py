@@ -28,6 +28,9 @@ from moebench.weights import Weights, make_weights, weight_bytes
 from moebench.workload import make_draws
 from moebench.yardsticks import Yardstick, make_yardstick
 
+# PyTorch's allocator for the host and CUDA's libraries say so in a bare RuntimeError.
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 class Worker:
     """Weights by layer and precision, and the arms of the block that is open."""
@@ -222,9 +225,8 @@ def status_of(error: BaseException) -> str:
     """The record status an exception stands for."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "out_of_memory"
-    text = str(error)
-    if isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text):
-        return "out_of_memory"  # the CPU allocator of PyTorch raises a bare RuntimeError
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY):
+        return "out_of_memory"
     if isinstance(error, Unavailable):
         return "unavailable"
     return "not_applicable" if isinstance(error, NotImplementedError) else "failed"
@@ -233,7 +235,7 @@ def status_of(error: BaseException) -> str:
 def breaks_device(error: BaseException) -> bool:
     """Whether nothing can run on the device any more: a CUDA error other than lack of memory stays with the process."""
     text = str(error)
-    return isinstance(error, RuntimeError) and "CUDA error" in text and "out of memory" not in text
+    return isinstance(error, RuntimeError) and "CUDA error" in text and not any(words in text for words in NO_MEMORY)
 
 
 def changes(worker: object) -> dict[str, Any]:
