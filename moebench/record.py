@@ -1,4 +1,4 @@
-"""Record, Manifest and the journal: what was measured, and how it is kept. No torch.
+"""Record and Manifest: what was measured, and where and how. No torch.
 
 A Record is a Point, a status and numbers. What was not measured is null, and a
 record that is not `measured` carries no performance number: the type refuses it.
@@ -6,11 +6,9 @@ record that is not `measured` carries no performance number: the type refuses it
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from moebench.point import SCHEMA_VERSION
 
@@ -173,8 +171,6 @@ class Record(BaseModel):
 
 
 COLUMNS: tuple[str, ...] = tuple(Record.model_fields)
-# Nothing is lost by it: a block of which a line is missing is measured again.
-REPAIR = "delete its line and go on with --resume, or start in another --out"
 
 
 class Manifest(BaseModel):
@@ -195,6 +191,7 @@ class Manifest(BaseModel):
         cost: inputs of the cost columns with their dates, or null where the device has no price.
         providers: provider -> {"version", "hash"} or {"unavailable": reason}.
         finished: "complete", "interrupted", or null while running (or killed).
+        seconds: wall time by phase (`moebench.stopwatch`), of all sessions that ended.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -226,64 +223,4 @@ class Manifest(BaseModel):
     finished_at: str | None = None
     finished: Literal["complete", "interrupted"] | None = None
     sessions: int = 1  # 1 + number of resumes
-
-
-class Journal:
-    """journal.jsonl: a block's records are appended and fsynced together.
-
-    A torn last line (a write cut by a kill) is recognised and dropped; damage
-    anywhere else is an error, since silence would lose points.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self) -> list[Record]:
-        """All whole records, each point and replicate once (the last one written stands).
-
-        Raises:
-            ValueError: a line before the last is not a record.
-        """
-        if not self.path.exists():
-            return []
-        whole = self.path.read_bytes().split(b"\n")[:-1]  # after the last newline: nothing, or a torn line
-        records = {}
-        for number, line in enumerate(whole, 1):
-            try:
-                record = Record.model_validate_json(line)
-            except ValidationError as error:
-                what = error.errors()[0]["msg"]
-                raise ValueError(f"{self.path}: line {number} is not a record: {what}; {REPAIR}") from None
-            records[record.point_id, record.replicate] = record
-        return list(records.values())
-
-    def append(self, records: list[Record]) -> None:
-        """Write the records of one block durably, all or none, after the last whole line."""
-        if not records:
-            return
-        text = "".join(record.model_dump_json(exclude_none=True) + "\n" for record in records)
-        # Unbuffered: a buffer that could not be written would be tried again on closing, behind what is taken back.
-        with self.path.open("ab", buffering=0) as file:
-            start = self._end_of_whole_lines()
-            file.truncate(start)
-            try:
-                left = memoryview(text.encode())
-                while left:
-                    left = left[file.write(left) :]
-                os.fsync(file.fileno())
-            except OSError:
-                # A full disk can leave half a block: take it back, so that the journal stays whole.
-                file.truncate(start)
-                raise
-
-    def _end_of_whole_lines(self) -> int:
-        with self.path.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            while end > 0:
-                start = max(0, end - 65536)
-                file.seek(start)
-                newline = file.read(end - start).rfind(b"\n")
-                if newline >= 0:
-                    return start + newline + 1
-                end = start
-        return 0
+    seconds: dict[str, float] = {}

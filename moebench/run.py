@@ -11,25 +11,26 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from moebench.agenda import Agenda
 from moebench.analyse.load import write_results
-from moebench.block_run import BlockRun, Settings, entries_of
+from moebench.block_run import BlockRun, Settings
 from moebench.catalogue.hardware import Hardware, hardware_table
 from moebench.expand import VARIANT_DEFAULTS
 from moebench.failures import RunError
+from moebench.journal import Keys
 from moebench.manifest import new_manifest, now, require_same
 from moebench.options import Options
 from moebench.point import Block
 from moebench.providers import is_file, is_yardstick
-from moebench.record import FAULTS, GOOD, REPAIR, Manifest, Record
+from moebench.record import FAULTS, GOOD, Manifest, Record
 from moebench.recording import Context, record_of, skipped
 from moebench.remote import Remote, Reply, WorkerLost
 from moebench.run_directory import RunDirectory
 from moebench.signals import stops_on_sigterm
-from moebench.suite import Suite, shard
-from moebench.work import held_bytes
+from moebench.stopwatch import Stopwatch, TimedWorker, added
+from moebench.suite import Suite
 
 START_DEADLINE_S = 300.0
-WEIGHTS_SHARE = 0.6  # of what is available; a block whose precisions need more together is split by precision
 
 
 @dataclass
@@ -50,12 +51,14 @@ class Outcome:
         counts: status -> number of arms (yardsticks not counted).
         interrupted: whether points are left to measure.
         reasons: reason -> number of points, of those that are not good.
+        seconds: wall time of this session by phase (`moebench.stopwatch`).
     """
 
     path: Path
     counts: Counter[str] = field(default_factory=Counter)
     interrupted: bool = False
     reasons: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -97,7 +100,8 @@ class _Run:
         self.suite, self.options, self.directory, self.progress = suite, options, directory, progress
         self.table = table
         self.hello: Reply = {}
-        self.worker: Remote | None = None
+        self.worker: TimedWorker | None = None
+        self.watch = Stopwatch()
 
     def go(self, before: Manifest | None) -> Outcome:
         """All sessions' records become results.parquet, whatever happens on the way."""
@@ -107,10 +111,11 @@ class _Run:
             try:
                 self._start_worker()
                 manifest = self._manifest(before)
-                done = self._done(manifest)  # a journal that is refused leaves the folder as it is
+                agenda = self._agenda(manifest)
+                done = agenda.done(self.directory.journal, manifest.run_id)  # refused: the folder stays as it is
                 self.directory.write_manifest(manifest)
                 self.directory.results.unlink(missing_ok=True)  # a stale table would outlive the journal
-                left_out = self._measure_all(manifest, done)
+                left_out = self._measure_all(manifest, agenda, done)
                 finished = "interrupted" if left_out else "complete"
             except KeyboardInterrupt:
                 left_out = True
@@ -123,27 +128,7 @@ class _Run:
         except KeyboardInterrupt:  # a second one, while the table was being written: the journal has everything
             return Outcome(self.options.out, interrupted=True)
 
-    def _done(self, manifest: Manifest) -> set[tuple[str, int]]:
-        """(point_id, replicate) of what the journal holds.
-
-        Raises:
-            ValueError: its lines are damaged, or not of this run and suite.
-        """
-        done, journal = set(), self.directory.journal.path
-        for record in self.directory.records():
-            if record.run_id != manifest.run_id:
-                raise ValueError(f"{journal}: point {record.point_id} is of another run, {record.run_id}; {REPAIR}")
-            done.add((record.point_id, record.replicate))
-        strangers = set(done)
-        if strangers:
-            for replicate in range(self.suite.replicates):
-                for block in self._blocks(manifest):
-                    strangers -= {(entry.point_id, replicate) for entry in self._entries(block)}
-        if strangers:
-            raise ValueError(f"{journal}: point {min(strangers)[0]} is not in the suite; {REPAIR}")
-        return done
-
-    def _measure_all(self, manifest: Manifest, done: set[tuple[str, int]]) -> bool:
+    def _measure_all(self, manifest: Manifest, agenda: Agenda, done: Keys) -> bool:
         """Measure what is not done; True when the budget left something out."""
         self.progress.started(manifest, len(done))
         deadline = self._deadline()
@@ -158,8 +143,8 @@ class _Run:
                 self.worker.kill()
                 self._start_worker()
             context = replace(self._context(manifest), replicate=replicate)
-            for block in self._blocks(manifest):
-                if all((entry.point_id, replicate) in done for entry in self._entries(block)):
+            for block in agenda.blocks():
+                if agenda.holds(done, block, replicate):
                     continue
                 if time.monotonic() > deadline:
                     return True
@@ -172,44 +157,43 @@ class _Run:
         running = BlockRun(block, settings, self.worker, self._start_worker)
         entries = running.run()
         records = [record_of(entry, block, context, running.state_flags) for entry in entries]
-        self.directory.journal.append(records)
+        with self.watch.phase("journal"):
+            self.directory.journal.append(records)
         self.progress.block_done(block, records)
 
     def _finish(self, manifest: Manifest, finished: Literal["complete", "interrupted"], left_out: bool) -> Outcome:
-        records = self.directory.records()
-        rest = self._rest(manifest, records) if left_out else iter(())
-        write_results(chain(records, rest), self.directory.results)
-        ended = manifest.model_copy(update={"finished": finished, "finished_at": now()})
-        self.directory.write_manifest(ended)
         outcome = Outcome(self.options.out, interrupted=finished == "interrupted")
-        for record in records:
-            if record.role == "arm" or is_yardstick(record.provider):
-                outcome.counts[record.status] += 1
-                if record.status not in GOOD:
-                    outcome.reasons[record.provider, record.status, record.reason or ""] += 1
+        with self.watch.phase("table"):
+            records = _counted(self.directory.journal.stream(), outcome)
+            rest = self._rest(manifest) if left_out else iter(())
+            write_results(chain(records, rest), self.directory.results)
+        outcome.seconds = self.watch.seconds()
+        spent = added(manifest.seconds, outcome.seconds)
+        ended = manifest.model_copy(update={"finished": finished, "finished_at": now(), "seconds": spent})
+        self.directory.write_manifest(ended)
         return outcome
 
-    def _rest(self, manifest: Manifest, records: Iterable[Record]) -> Iterator[Record]:
+    def _rest(self, manifest: Manifest) -> Iterator[Record]:
         """A `skipped` row for every point that was not reached; `--resume` measures them."""
-        done = {(record.point_id, record.replicate) for record in records}
+        agenda, context = self._agenda(manifest), self._context(manifest)
+        done = agenda.done(self.directory.journal, manifest.run_id)
         reason = "not reached before the run was interrupted or its budget of seconds_total was used up"
-        for replicate in range(self.suite.replicates):
-            context = replace(self._context(manifest), replicate=replicate)
-            for block in self._blocks(manifest):
-                for entry in self._entries(block):
-                    if (entry.point_id, replicate) not in done:
-                        yield skipped(entry, block, context, reason)
+        for replicate, block, entry in agenda.entries():
+            if (entry.point_id, replicate) not in done:
+                yield skipped(entry, block, replace(context, replicate=replicate), reason)
 
-    def _blocks(self, manifest: Manifest) -> Iterator[Block]:
-        available = manifest.machine["available_bytes"]  # at the start, so that resuming splits blocks alike
-        blocks = shard(self.suite.blocks(self.hello["device_kind"]), *self.options.shard)
-        return chain.from_iterable(_split_for_memory(block, available) for block in blocks)
+    def _agenda(self, manifest: Manifest) -> Agenda:
+        return Agenda(
+            self.suite,
+            self.hello["device_kind"],
+            self.options.shard,
+            manifest.machine["available_bytes"],
+            yardsticks=not self.options.check_only,
+        )
 
-    def _entries(self, block: Block) -> list[Any]:
-        return list(entries_of(block, yardsticks=not self.options.check_only))
-
-    def _start_worker(self) -> Remote:
-        self.worker = Remote(self.directory.log, {"PYTHONUNBUFFERED": "1"})
+    def _start_worker(self) -> TimedWorker:
+        with self.watch.phase("starting"):
+            self.worker = TimedWorker(Remote(self.directory.log, {"PYTHONUNBUFFERED": "1"}), self.watch)
         try:
             hello = self.worker.ask("hello", deadline_s=START_DEADLINE_S, device_kind=self.options.device)
         except WorkerLost as lost:
@@ -219,7 +203,7 @@ class _Run:
         self.hello = self._held(self.worker, hello)
         return self.worker
 
-    def _held(self, worker: Remote, hello: Reply) -> Reply:
+    def _held(self, worker: TimedWorker, hello: Reply) -> Reply:
         """What the worker said of itself, and of the modes that it holds from now on."""
         try:
             held = worker.ask("hold", deadline_s=START_DEADLINE_S, **self.suite.modes.model_dump())
@@ -283,16 +267,14 @@ class _Run:
         return float("inf") if total is None else time.monotonic() + total
 
 
-def _split_for_memory(block: Block, available_bytes: int) -> list[Block]:
-    """The block, or one for each of its precisions where all their weights at once would not fit."""
-    precisions = list(dict.fromkeys(variant.precision for variant in block.variants))
-    needed = sum(held_bytes(block.problem.layer, precision) for precision in precisions)
-    if len(precisions) == 1 or needed <= WEIGHTS_SHARE * available_bytes:
-        return [block]
-    return [
-        Block(block.problem, tuple(variant for variant in block.variants if variant.precision == precision))
-        for precision in precisions
-    ]
+def _counted(records: Iterable[Record], outcome: Outcome) -> Iterator[Record]:
+    """The records as they pass, their statuses counted."""
+    for record in records:
+        if record.role == "arm" or is_yardstick(record.provider):
+            outcome.counts[record.status] += 1
+            if record.status not in GOOD:
+                outcome.reasons[record.provider, record.status, record.reason or ""] += 1
+        yield record
 
 
 def _named(suite: Suite, axis: str, device_kind: str) -> list[str]:

@@ -9,8 +9,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from moebench.journal import Journal
 from moebench.point import SCHEMA_VERSION
-from moebench.record import Journal, Manifest, Record
+from moebench.record import Manifest
 
 MANIFEST, JOURNAL, RESULTS, LOCK, LOG = "manifest.json", "journal.jsonl", "results.parquet", "lock", "worker.log"
 OWN_FILES = {MANIFEST, JOURNAL, RESULTS, LOCK, LOG, "report.html"}
@@ -63,10 +64,6 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.path / MANIFEST)
-
-    def records(self) -> list[Record]:
-        """What the journal holds."""
-        return self.journal.read()
 
     def _make(self) -> None:
         try:

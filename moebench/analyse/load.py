@@ -9,18 +9,21 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from moebench.journal import Journal
 from moebench.point import SCHEMA_VERSION
-from moebench.record import COLUMNS, Journal, Manifest, Record
+from moebench.record import COLUMNS, Manifest, Record
 
 RESULTS = "results.parquet"
-CHUNK = 10_000  # records held as Python objects at a time
+CHUNK = 1_000  # records held as Python objects at a time
+ROW_GROUP = 10  # chunks written together: readers like few large groups
+Item = TypeVar("Item")
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
@@ -48,8 +51,8 @@ def write_results(records: Iterable[Record], path: Path) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with pq.ParquetWriter(partial, arrow_schema()) as writer:
-            for chunk in _chunks(records):
-                writer.write_table(_arrow_table(chunk))
+            for tables in _chunks(map(_arrow_table, _chunks(records, CHUNK)), ROW_GROUP):
+                writer.write_table(pa.concat_tables(tables))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -57,7 +60,7 @@ def write_results(records: Iterable[Record], path: Path) -> None:
 
 def records_to_table(records: Iterable[Record]) -> pd.DataFrame:
     """The table that a results.parquet of these records would give."""
-    chunks = [_arrow_table(chunk) for chunk in _chunks(records)] or [_arrow_table([])]
+    chunks = [_arrow_table(chunk) for chunk in _chunks(records, CHUNK)] or [_arrow_table([])]
     return _pandas(pa.concat_tables(chunks))
 
 
@@ -90,7 +93,7 @@ def load_run(path: Path) -> Run:
     if results.exists():
         return Run(_read_results(results), manifest, path)
     if journal.exists():
-        return Run(records_to_table(Journal(journal).read()), manifest, path)
+        return Run(records_to_table(Journal(journal).stream()), manifest, path)
     raise ValueError(f"{path}: holds neither {RESULTS} nor journal.jsonl")
 
 
@@ -111,9 +114,9 @@ def _arrow_type(hint: Any) -> pa.DataType:
     return _ARROW[hint]
 
 
-def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    stream = iter(records)
-    while chunk := list(itertools.islice(stream, CHUNK)):
+def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    stream = iter(items)
+    while chunk := list(itertools.islice(stream, size)):
         yield chunk
 
 

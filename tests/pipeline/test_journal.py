@@ -9,7 +9,8 @@ import sys
 import pytest
 from pipeline.tiny import environment
 
-from moebench.record import Journal, Record
+from moebench.journal import Journal
+from moebench.record import Record
 
 IDENTITY = {
     "run_id": "r", "block_id": "b", "suite": "s", "model": "custom", "provider": "torch-loop", "scope": "layer",
@@ -63,7 +64,7 @@ def test_text_of_any_kind_survives(journal):
 def test_the_last_record_of_a_point_stands(journal):
     journal.append([record("a", reason="first"), record("a", replicate=1, reason="other")])
     journal.append([record("a", reason="second")])
-    assert [(each.reason, each.replicate) for each in journal.read()] == [("second", 0), ("other", 1)]
+    assert [(each.reason, each.replicate) for each in journal.read()] == [("other", 1), ("second", 0)]
 
 
 def test_a_cut_at_any_byte_of_the_last_line_loses_that_line_only_and_is_healed(journal):
@@ -128,7 +129,7 @@ def test_a_full_disk_leaves_whole_blocks(journal, monkeypatch, call):
 def limited(journal, size):
     """Append the block (b, c) in a process whose files cannot grow past `size` bytes."""
     program = (
-        "import sys; from pathlib import Path; from moebench.record import Journal, Record\n"
+        "import sys; from pathlib import Path; from moebench.journal import Journal; from moebench.record import Record\n"
         "records = [Record.model_validate_json(line) for line in sys.stdin]\n"
         "try: Journal(Path(sys.argv[1])).append(records)\n"
         "except OSError as error: print(error.strerror)\n"

@@ -427,7 +427,7 @@ def test_a_full_disk_is_one_line_and_what_was_measured_is_kept(tmp_path, crew, m
             patch.setattr("moebench.run.write_results", no_space)
         else:
             count = {"journal": 3, "manifest": 1}[where]  # the manifest, then the first block, are synced before
-            patch.setattr("moebench.record.os.fsync", At(count, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+            patch.setattr("moebench.journal.os.fsync", At(count, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
 
     with monkeypatch.context() as patch:
         fail(patch)

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moebench.record import Journal, Record
+from moebench.journal import Journal
+from moebench.record import Record
 
 CHECKOUT = Path(__file__).parents[2]
 

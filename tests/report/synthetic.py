@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from moebench.analyse import write_results
 from moebench.point import STAGES
-from moebench.record import Journal, Manifest, Record
+from moebench.journal import Journal
+from moebench.record import Manifest, Record
 
 D, F, E, K, LAYERS = 2048, 1024, 64, 8, 16
 PEAK_TFLOPS, PEAK_GBS = 0.42, 21.0
