@@ -26,6 +26,8 @@ BURST_S = 0.02  # bursts are short so that rounds are many: drift then hits ever
 MAX_BURST = 10
 MIN_ROUNDS = 6  # ratios are taken over common rounds, and fewer give no 95 % interval
 MAX_ROUNDS = 2000
+# Samples that grew by less are not looked at again: that takes time, and who looks often stops on a lucky look.
+LOOK_AGAIN = 1.1
 FEW_SAMPLES, STALLED = 5, 3  # below 5 samples a point may take 3 times its time
 NOTHING_TO_COMPARE = "no arm of this block can be timed here"
 BYTES_PER_SECOND = 50e6  # a slow host still makes this much of weights and oracle: lengthens deadlines of large layers
@@ -46,6 +48,8 @@ class Entry:
         point_id: unique in a run; a yardstick's is its block's own, since every block has the same ones.
         status: set once it is out of the race, with its reason.
         facts, verdict, warmth: replies of the worker to arm, check and warm.
+        spent_s: sampling time so far.
+        looked_at: how many samples there were when it was last asked whether they are enough.
     """
 
     index: int
@@ -62,6 +66,8 @@ class Entry:
     samples_ms: list[float] = field(default_factory=list)
     wall_ms: list[float] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
+    spent_s: float = 0.0
+    looked_at: int = 0
     flags: list[str] = field(default_factory=list)
 
     @property
@@ -74,11 +80,6 @@ class Entry:
         """Whether it still runs."""
         return self.status is None
 
-    @property
-    def spent_s(self) -> float:
-        """Sampling time so far."""
-        return sum(self.wall_ms) / 1e3
-
     def flag(self, *flags: str) -> None:
         """Add flags, each once."""
         self.flags += [flag for flag in dict.fromkeys(flags) if flag not in self.flags]
@@ -86,6 +87,11 @@ class Entry:
     def fail(self, status: str, reason: str) -> None:
         """Take it out of the race."""
         self.status, self.reason = status, reason
+
+    def discard_samples(self) -> None:
+        """Begin sampling anew."""
+        self.samples_ms, self.wall_ms, self.rounds = [], [], []
+        self.spent_s, self.looked_at = 0.0, 0
 
 
 @dataclass(frozen=True)
@@ -112,12 +118,12 @@ class Settings:
 def entries_of(block: Block, *, yardsticks: bool) -> list[Entry]:
     """The block's arms, and the yardsticks that go with every block (gemm once for each precision)."""
     arms = [
-        Entry(index, point, digest(point), "yardstick" if is_yardstick(point.variant.provider) else "arm")
-        for index, point in enumerate(block.points())
+        Entry(index, point, point_id, "yardstick" if is_yardstick(point.variant.provider) else "arm")
+        for index, (point, point_id) in enumerate(zip(block.points(), block.point_ids(), strict=True))
     ]
     added = [Point(block.problem, variant) for variant in yardstick_variants(block)] if yardsticks else []
     return arms + [
-        Entry(index, point, digest([digest(block), plain(point.variant)]), "yardstick")
+        Entry(index, point, digest([block.block_id, plain(point.variant)]), "yardstick")
         for index, point in enumerate(added, len(arms))
     ]
 
@@ -154,6 +160,7 @@ class BlockRun:
         self.state_flags: list[str] = []
         self._asked: Entry | None = None
         self._random = random.Random(digest(block.problem))
+        self._large_s = 4.0 * block.problem.layer.total_params() / BYTES_PER_SECOND
 
     def run(self) -> list[Entry]:
         """Every entry, measured or with a status and its reason."""
@@ -186,7 +193,7 @@ class BlockRun:
         for entry in culprits:
             entry.fail(lost.status, lost.reason)
         for entry in self._live():
-            entry.samples_ms, entry.wall_ms, entry.rounds = [], [], []
+            entry.discard_samples()
         self.worker.kill()
         self.worker = self._start_worker()
 
@@ -247,8 +254,9 @@ class BlockRun:
     def _sample(self, timed: list[Entry]) -> None:
         # Whoever ran last is blamed when the worker dies while its state is read: a death costs one point, not all.
         self.worker.ask("state_begin", deadline_s=self._deadline_s())
+        running = timed
         for number in range(MAX_ROUNDS):
-            running = [entry for entry in timed if entry.live and not self._done(entry, number)]
+            running = [entry for entry in running if entry.live and not self._done(entry, number)]
             if not running:
                 break
             self._random.shuffle(running)
@@ -267,6 +275,7 @@ class BlockRun:
         if reply:
             entry.samples_ms += reply["device_ms"]
             entry.wall_ms += reply["wall_ms"]
+            entry.spent_s += sum(reply["wall_ms"]) / 1e3
             entry.rounds += [number] * len(reply["device_ms"])
 
     def _recheck(self, entry: Entry) -> None:
@@ -304,14 +313,14 @@ class BlockRun:
             return True
         kind = self.settings.device_kind
         slow = entry.warmth["estimate_ms"] > SLOW_CALL_MS
-        return (slow or rounds >= MIN_ROUNDS) and enough(
-            entry.samples_ms, device_kind=kind, min_samples=budget.min_samples
-        )
+        if not (slow or rounds >= MIN_ROUNDS) or len(entry.samples_ms) < LOOK_AGAIN * entry.looked_at:
+            return False
+        entry.looked_at = len(entry.samples_ms)
+        return enough(entry.samples_ms, device_kind=kind, min_samples=budget.min_samples)
 
     def _deadline_s(self, entry: Entry | None = None, do: str = "") -> float:
-        problem, settings = self.block.problem, self.settings
-        size = 4.0 * problem.layer.total_params()
-        deadline = settings.budget.deadline_seconds + size / BYTES_PER_SECOND
+        settings = self.settings
+        deadline = settings.budget.deadline_seconds + self._large_s
         if do == "energy":
             deadline += (settings.energy_trials + 1) * 2 * (settings.energy_window_s + settings.energy_cool_down_s)
         estimate_ms = entry.warmth.get("estimate_ms", 0.0) if entry else 0.0

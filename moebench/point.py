@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from moebench.catalogue.spec import LayerSpec, RouterSpec
@@ -114,6 +115,17 @@ class Block:
         """One Point for each variant."""
         return [Point(self.problem, variant) for variant in self.variants]
 
+    @cached_property
+    def block_id(self) -> str:
+        """Its `digest`."""
+        return digest(self)
+
+    def point_ids(self) -> list[str]:
+        """The `digest` of each of its points; the problem, which they share, is spelled once."""
+        problem = _canonical(asdict(self.problem))
+        texts = (_canonical(asdict(variant)) for variant in self.variants)
+        return [_hashed(f'{{"problem":{problem},"variant":{variant}}}') for variant in texts]
+
 
 def problem_name(problem: Problem) -> str:
     """A problem in a few words; the router where it is not a preset's own, nor the one a plain shape has unasked."""
@@ -131,8 +143,15 @@ def base_precision(precision: str) -> str:
 def digest(value: object) -> str:
     """16 hex digits of a dataclass's (or plain value's) canonical JSON and the schema version."""
     plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value  # type: ignore[call-overload]
-    text = json.dumps([SCHEMA_VERSION, plain], sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _hashed(_canonical(plain))
+
+
+def _canonical(plain: object) -> str:
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _hashed(canonical: str) -> str:
+    return hashlib.sha256(f"[{SCHEMA_VERSION},{canonical}]".encode()).hexdigest()[:16]
 
 
 def problem_from_json(plain: dict[str, Any]) -> Problem:

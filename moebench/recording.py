@@ -11,7 +11,7 @@ from moebench.catalogue.hardware import Hardware
 from moebench.catalogue.routers import is_causal
 from moebench.derive import cost, limit_ms, performance
 from moebench.measure.latency import median_interval
-from moebench.point import DRAWS, DROPLESS, YARDSTICKS, Block, digest
+from moebench.point import DRAWS, DROPLESS, YARDSTICKS, Block
 from moebench.record import ROUTING_COLUMNS, Record
 from moebench.work import BYTES_PER_WEIGHT
 
@@ -57,7 +57,7 @@ def _identity(entry: Entry, block: Block, context: Context) -> dict[str, Any]:
     provider = context.providers.get(variant.provider, {})
     return {
         "run_id": context.run_id,
-        "block_id": digest(block),
+        "block_id": block.block_id,
         "point_id": entry.point_id,
         "suite": context.suite,
         "model": problem.model,
