@@ -26,18 +26,19 @@ from moebench.providers.load import Unavailable, load
 from moebench.recheck import recheck
 from moebench.weights import Weights, make_weights, weight_bytes
 from moebench.workload import make_draws
-from moebench.yardsticks import Yardstick, make_yardstick
+from moebench.yardsticks import Shelf, Yardstick
 
 # PyTorch's allocator for the host and CUDA's libraries say so in a bare RuntimeError.
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Worker:
-    """Weights by layer and precision, and the arms of the block that is open."""
+    """The arms of the block that is open; weights and yardsticks, which outlive it where the next one has the same."""
 
     def __init__(self) -> None:
         self.device = "cpu"
         self.weights: dict[tuple[Any, ...], Weights] = {}
+        self.yardsticks = Shelf()
         self.benches: dict[str, Bench] = {}
         self.problem: Problem | None = None
         self.arms: dict[int, Arm | Yardstick] = {}
@@ -118,9 +119,8 @@ class Worker:
         """Make one yardstick ready; says where the device lacks its precision."""
         if precision in QUANTISED_PRECISIONS and (lacks := _lacks(precision, self.device)):
             return {"not_applicable": lacks}
-        made = make_yardstick(
-            name, precision=precision, device=self.device, flops=flops, cache_bytes=device.llc_bytes(self.kind) or 0
-        )
+        cache_bytes = device.llc_bytes(self.kind) or 0
+        made = self.yardsticks.get(name, precision, self.device, flops, cache_bytes)
         self.arms[index] = made
         return {"timed": True, "flops": made.flops, "moved_bytes": made.moved_bytes}
 
@@ -205,6 +205,10 @@ class Worker:
 
     def _require_memory(self, problem: Problem, precisions: list[str]) -> None:
         needed = sum(weight_bytes(problem.layer, precision) for precision in precisions)
+        if needed > memory.available_bytes(self.kind):
+            self.yardsticks.clear()
+            if self.kind == "cuda":
+                torch.cuda.empty_cache()
         left = memory.available_bytes(self.kind)
         if needed > left:
             raise MemoryError(f"the layer's weights need {needed / 1e9:.3g} GB and {left / 1e9:.3g} GB are available")

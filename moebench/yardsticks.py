@@ -52,6 +52,26 @@ def make_yardstick(name: str, *, precision: str, device: str, flops: float, cach
     return _copy(source) if name == "copy" else _read(source)
 
 
+class Shelf:
+    """Yardsticks kept for the next block, one of each name and precision: to fill one takes longer than a small layer."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, str], tuple[float, Yardstick]] = {}
+
+    def get(self, name: str, precision: str, device: str, flops: float, cache_bytes: int) -> Yardstick:
+        """As `make_yardstick`; the one from before where it would be the same, and no other is kept."""
+        kind, asked = ((name, precision), flops) if name == "gemm" else ((name, ""), 0.0)
+        before, made = self._made.pop(kind, (None, None))
+        if made is None or before != asked:
+            made = make_yardstick(name, precision=precision, device=device, flops=flops, cache_bytes=cache_bytes)
+        self._made[kind] = asked, made
+        return made
+
+    def clear(self) -> None:
+        """Keep none."""
+        self._made.clear()
+
+
 def _copy(source: Tensor) -> Yardstick:
     target = torch.empty_like(source)
 

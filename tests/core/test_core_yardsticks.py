@@ -20,7 +20,7 @@ from moebench.measure.errors import (
     verdict,
 )
 from moebench.point import PRECISIONS
-from moebench.yardsticks import MAX_BYTES, MIN_BYTES, Yardstick, make_yardstick
+from moebench.yardsticks import MAX_BYTES, MIN_BYTES, Shelf, Yardstick, make_yardstick
 
 
 def yardstick(name: str, precision: str = "fp32", flops: float = 2 * 64**3, cache_bytes: int = 0) -> Yardstick:
@@ -159,3 +159,20 @@ def test_worst_and_times() -> None:
 def test_a_verdict_says_both_numbers() -> None:
     assert verdict(Errors(0.5, 0), Errors(0.1, 1)) == "relative error 0.5 against the float64 oracle; allowed is 0.1"
     assert verdict(Errors(0.1, 1), Errors(0.1, 1)) is None
+
+
+def test_a_yardstick_is_made_once_while_it_stays_the_same() -> None:
+    shelf = Shelf()
+
+    def get(name: str, precision: str = "fp32", flops: float = 1e6) -> Yardstick:
+        return shelf.get(name, precision, "cpu", flops, 0)
+
+    copy, gemm, other = get("copy"), get("gemm"), get("gemm", "bf16")
+    assert get("copy", "bf16", 2e6) is copy, "it depends on neither"
+    assert get("gemm") is gemm
+    larger = get("gemm", flops=8e6)
+    assert larger.flops > gemm.flops
+    assert get("gemm") is not gemm, "only the last one is kept"
+    assert get("gemm", "bf16") is other
+    shelf.clear()
+    assert get("copy") is not copy
