@@ -150,6 +150,7 @@ def run_suite(
 def _run(suite: Suite, options: Options, *, report: bool, as_json: bool) -> None:
     from moebench.options import resume_command
     from moebench.run import run_suite
+    from moebench.stopwatch import spent
     from moebench.terminal import LiveProgress, outcome_lines
 
     with LiveProgress(suite) as progress:
@@ -161,7 +162,7 @@ def _run(suite: Suite, options: Options, *, report: bool, as_json: bool) -> None
         click.echo(f"interrupted; go on with:  {resume_command(options)}", err=True)
     if as_json:
         result = {"path": str(outcome.path), "report": page and str(page), "exit_code": outcome.exit_code}
-        click.echo(json.dumps([{**result, **outcome.counts}]))
+        click.echo(json.dumps([{**result, **spent(outcome.seconds), **outcome.counts}]))
     else:
         click.echo(page or outcome.path)
     sys.exit(outcome.exit_code)

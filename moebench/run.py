@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from moebench.agenda import Agenda
 from moebench.analyse.load import write_results
-from moebench.block_run import BlockRun, Settings
+from moebench.block_run import Asking, BlockRun, Settings
 from moebench.catalogue.hardware import Hardware, hardware_table
 from moebench.expand import VARIANT_DEFAULTS
 from moebench.failures import RunError
@@ -31,6 +31,7 @@ from moebench.stopwatch import Stopwatch, TimedWorker, added
 from moebench.suite import Suite
 
 START_DEADLINE_S = 300.0
+StartWorker = Callable[[Path, Mapping[str, str]], Asking]
 
 
 @dataclass
@@ -69,8 +70,13 @@ class Outcome:
         return 1 if failed or not any(self.counts[status] for status in GOOD) else 0
 
 
-def run_suite(suite: Suite, options: Options, progress: Progress | None = None) -> Outcome:
+def run_suite(
+    suite: Suite, options: Options, progress: Progress | None = None, start: StartWorker | None = None
+) -> Outcome:
     """Measure every point of a suite that is not measured yet.
+
+    Args:
+        start: makes a worker, from its log and what to add to its environment; a `Remote` by default.
 
     Raises:
         ValueError: the folder, the hardware file, a provider file or a resume that does not fit.
@@ -80,7 +86,7 @@ def run_suite(suite: Suite, options: Options, progress: Progress | None = None) 
     directory = RunDirectory(options.out)
     with directory.opened(resume=options.resume) as before, stops_on_sigterm():
         try:
-            return _Run(suite, options, directory, table, progress or Progress()).go(before)
+            return _Run(suite, options, directory, table, progress or Progress(), start or Remote).go(before)
         except OSError as error:
             what = os.strerror(error.errno) if error.errno else str(error)  # pyarrow puts a sentence around it
             raise RunError(f"{options.out} cannot be written any more: {what}; what was measured is kept") from error
@@ -96,9 +102,10 @@ class _Run:
         directory: RunDirectory,
         table: dict[str, Hardware],
         progress: Progress,
+        start: StartWorker,
     ) -> None:
         self.suite, self.options, self.directory, self.progress = suite, options, directory, progress
-        self.table = table
+        self.table, self.start = table, start
         self.hello: Reply = {}
         self.worker: TimedWorker | None = None
         self.watch = Stopwatch()
@@ -136,7 +143,13 @@ class _Run:
             name: facts["unavailable"] for name, facts in manifest.providers.items() if "unavailable" in facts
         }
         settings = Settings(
-            self.hello["device_kind"], self.suite.budget, unavailable, self.options.check_only, self.suite.energy
+            self.hello["device_kind"],
+            self.suite.budget,
+            unavailable,
+            self.options.check_only,
+            timer=self.suite.timer,
+            cache=self.suite.cache,
+            energy=self.suite.energy,
         )
         for replicate in range(self.suite.replicates):
             if replicate and self.worker is not None:
@@ -193,7 +206,7 @@ class _Run:
 
     def _start_worker(self) -> TimedWorker:
         with self.watch.phase("starting"):
-            self.worker = TimedWorker(Remote(self.directory.log, {"PYTHONUNBUFFERED": "1"}), self.watch)
+            self.worker = TimedWorker(self.start(self.directory.log, {"PYTHONUNBUFFERED": "1"}), self.watch)
         try:
             hello = self.worker.ask("hello", deadline_s=START_DEADLINE_S, device_kind=self.options.device)
         except WorkerLost as lost:
@@ -257,7 +270,6 @@ class _Run:
             hardware=Hardware(**manifest.hardware) if manifest.hardware else None,
             ceilings=manifest.ceilings,
             providers=manifest.providers,
-            cache_bytes=manifest.machine.get("cache_bytes"),
             threads=self.hello["threads"],
             modes=self.hello["modes"],
         )

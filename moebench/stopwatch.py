@@ -10,8 +10,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
+from moebench.block_run import Asking
 from moebench.remote import Reply
 
 OWN = "harness"
@@ -57,13 +58,6 @@ class Stopwatch:
         self._since = now
 
 
-class Asking(Protocol):
-    """A worker, or a stand-in for one."""
-
-    def ask(self, do: str, *, deadline_s: float, **arguments: Any) -> Reply: ...
-    def kill(self) -> None: ...
-
-
 class TimedWorker:
     """A worker whose answers' time is counted by the kind of message."""
 
@@ -85,7 +79,10 @@ def added(before: Mapping[str, float], more: Mapping[str, float]) -> dict[str, f
     return {name: round(before.get(name, 0.0) + more.get(name, 0.0), 3) for name in {**before, **more}}
 
 
-def overhead(seconds: Mapping[str, float], *, building: bool = True) -> float:
-    """Seconds outside the windows, with those of `building` or without."""
-    apart = WINDOWS if building else (*WINDOWS, "building")
-    return sum(spent for phase, spent in seconds.items() if phase not in apart)
+def spent(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Wall seconds, how many of them lie outside the windows (building among them), and those of building."""
+    return {
+        "seconds": round(sum(seconds.values()), 3),
+        "overhead_seconds": round(sum(value for phase, value in seconds.items() if phase not in WINDOWS), 3),
+        "building_seconds": round(seconds.get("building", 0.0), 3),
+    }

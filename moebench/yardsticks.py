@@ -19,16 +19,18 @@ from moebench.point import DRAWS
 MIN_BYTES, MAX_BYTES = 64 << 20, 512 << 20
 
 
-@dataclass(frozen=True)
+@dataclass
 class Yardstick:
     """One ready to run.
 
     Attributes:
         name: copy, read or gemm.
-        call: runs draw i.
+        call: runs draw i modulo `rotation`.
         check: why its answer is wrong, or None, with the error.
         flops: per call.
         moved_bytes: read and written per call.
+        rotating_bytes: what one rotation over its draws touches.
+        rotation: how many draws take turns.
     """
 
     name: str
@@ -36,6 +38,13 @@ class Yardstick:
     check: Callable[[], tuple[Errors, str | None]]
     flops: float
     moved_bytes: float
+    rotating_bytes: float
+    rotation: int = DRAWS
+
+    def rotate(self, cold: bool) -> float:
+        """Let the draws take turns, or call one only; the bytes that one rotation touches."""
+        self.rotation = DRAWS if cold else 1
+        return self.rotating_bytes if cold else self.moved_bytes
 
 
 def make_yardstick(name: str, *, precision: str, device: str, flops: float, cache_bytes: int) -> Yardstick:
@@ -53,7 +62,7 @@ def make_yardstick(name: str, *, precision: str, device: str, flops: float, cach
 
 
 class Shelf:
-    """Yardsticks kept for the next block, one of each name and precision: to fill one takes longer than a small layer."""
+    """Yardsticks kept for the next block, one of each name and precision: filling one can outlast a small layer."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, str], tuple[float, Yardstick]] = {}
@@ -80,7 +89,7 @@ def _copy(source: Tensor) -> Yardstick:
         target.copy_(source)
         return NO_ERROR, None if torch.equal(target, source) else "the copy differs from its source"
 
-    return Yardstick("copy", lambda i: target.copy_(source), check, 0.0, 2.0 * source.nbytes)
+    return Yardstick("copy", lambda i: target.copy_(source), check, 0.0, 2.0 * source.nbytes, 2.0 * source.nbytes)
 
 
 def _read(source: Tensor) -> Yardstick:
@@ -88,7 +97,7 @@ def _read(source: Tensor) -> Yardstick:
         errors = errors_of(source.sum().reshape(1), source.double().sum().reshape(1))
         return errors, None if errors.rel < 1e-4 else f"the sum is off by {errors.rel:.3g}"
 
-    return Yardstick("read", lambda i: source.sum(), check, 0.0, float(source.nbytes))
+    return Yardstick("read", lambda i: source.sum(), check, 0.0, float(source.nbytes), float(source.nbytes))
 
 
 def _gemm(precision: str, device: str, flops: float) -> Yardstick:
@@ -102,4 +111,5 @@ def _gemm(precision: str, device: str, flops: float) -> Yardstick:
         return errors, verdict(errors, tolerance(precision, NO_ERROR))
 
     moved = size * size * (2.0 * dtype.itemsize + out_bytes(dtype))
-    return Yardstick("gemm", lambda i: multiply(left[i % DRAWS], right), check, 2.0 * size**3, moved)
+    rotating = (DRAWS + 1.0) * size * size * dtype.itemsize
+    return Yardstick("gemm", lambda i: multiply(left[i % DRAWS], right), check, 2.0 * size**3, moved, rotating)

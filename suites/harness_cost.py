@@ -1,0 +1,221 @@
+"""What the harness itself costs: a benchmark of moebench, not of a kernel.
+
+    python -m moebench_suites.harness_cost run [NAME|FILE]    a real run: its overhead as a share and in ms a point
+    python -m moebench_suites.harness_cost parent             the parent alone, to 100,000 points: ms, peak memory
+    python -m moebench_suites.harness_cost worker             the worker's memory over many blocks
+    python -m moebench_suites.harness_cost estimates RUN...   what `--dry-run` says against what runs took
+
+`parent` has a worker of straw in its own process, which answers at once and has no torch: what is
+left is making points, judging samples, recording, and writing the journal and the table.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+SIZES = (1_000, 10_000, 100_000)
+ARMS = ("torch-loop", "torch-bmm", "torch-grouped", "torch-dense")
+TEXT = """
+name = "straw"
+question = "What does the harness cost?"
+[budget]
+seconds_per_point = 0.05
+[[sweep]]
+[sweep.grid]
+hidden_size = 16
+expert_ffn_size = 8
+experts = 4
+top_k = 2
+tokens = 4
+traffic = "uniform"
+provider = {arms}
+seed = {seeds}
+"""
+Row = dict[str, Any]
+
+
+class Straw:
+    """Answers the worker's messages at once, as if everything went well."""
+
+    def __init__(self, *_: object) -> None:
+        self.replies: dict[str, Row] = {
+            "hello": {
+                "device_kind": "cpu", "device": "straw", "machine": {}, "versions": {}, "cache_bytes": 1 << 20,
+                "available_bytes": 1 << 34,
+            },
+            "hold": {"threads": 1, "cores": [0], "modes": ""},
+            "provider": {"version": "straw", "hash": "straw"},
+            "ceilings": {"gemm_tflops": {"fp32": 0.1}, "copy_gbs": 10.0, "read_gbs": 12.0},
+            "arm": {
+                "timed": True, "prepare_ms": 1.0, "checked_on": "straw", "kept": 8.0, "active_experts": 4.0,
+                "drop_rate": 0.0, "load_max_over_mean": 1.0, "executed_flops": 6144.0,
+            },
+            "yardstick": {"timed": True, "flops": 6144.0, "moved_bytes": 1e6},
+            "check": {"rel_error": 1e-7, "max_error": 1e-7, "fidelity_error": 1e-7, "wrong": None},
+            "warm": {
+                "first_call_ms": 2.0, "estimate_ms": 1.0, "settled": True, "calls": 9, "timer": "straw", "why": "",
+                "rotation": 4, "cache": "hot",
+            },
+            "memory": {"peak_memory_bytes": 1 << 20, "reason": None, "resolution_bytes": 4096},
+            "burst": {"device_ms": [1.0] * 10, "wall_ms": [1.0] * 10},
+            "recheck": {"wrong": None, "flags": []},
+        }  # fmt: skip
+
+    def ask(self, do: str, *, deadline_s: float, **arguments: Any) -> Row:
+        """The reply to any message; to those that are told nothing, nothing."""
+        return dict(self.replies.get(do, {}))
+
+    def kill(self) -> None:
+        """Nothing to end."""
+
+
+def straw_suite(folder: Path, points: int) -> Path:
+    """A suite file of so many points of tiny layers, four in a block."""
+    path = folder / "straw.toml"
+    path.write_text(TEXT.format(arms=json.dumps(ARMS), seeds=list(range(points // len(ARMS)))))
+    return path
+
+
+@click.group()
+def main() -> None:
+    """What the harness itself costs."""
+
+
+@main.command("run")
+@click.argument("source", default="quick")
+@click.option("--out", type=click.Path(path_type=Path), help="Keep the run here.")
+def measure_run(source: str, out: Path | None) -> None:
+    """A real run of a suite, timed from outside: what of it is the harness's."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = out or Path(folder) / "run"
+        begin = time.perf_counter()
+        command = [sys.executable, "-m", "moebench", "run", "suite", source, "--out", str(path)]
+        subprocess.run([*command, "--no-report"], check=False)
+        _print(run_rows(path, time.perf_counter() - begin))
+
+
+def run_rows(path: Path, outside_s: float) -> list[Row]:
+    """Each phase, then the sums: seconds, share of the wall time, ms a point.
+
+    Args:
+        path: of the run.
+        outside_s: wall time of the whole command; what its manifest does not know is Python's own start and end.
+    """
+    from moebench.analyse.load import load_run
+    from moebench.point import YARDSTICKS
+    from moebench.stopwatch import OWN, WINDOWS
+
+    run = load_run(path)
+    points = int((~run.table["provider"].isin(YARDSTICKS)).sum())
+    phases = dict(run.manifest.seconds)
+    phases[OWN] += max(0.0, outside_s - sum(phases.values()))
+    overhead = sum(spent for phase, spent in phases.items() if phase not in WINDOWS)
+    sums = {"wall": outside_s, "overhead": overhead, "overhead but building": overhead - phases.get("building", 0.0)}
+    return [
+        {"phase": name, "seconds": spent, "percent": 100 * spent / outside_s, "ms_a_point": 1e3 * spent / points}
+        for name, spent in (phases | sums).items()
+    ]
+
+
+@main.command()
+@click.option("--points", multiple=True, type=int, default=SIZES, show_default=True)
+def parent(points: tuple[int, ...]) -> None:
+    """The parent with a worker of straw, a fresh process for each number of points."""
+    _print([_in_a_process("one-parent", number) for number in points])
+
+
+@main.command(hidden=True)
+@click.argument("points", type=int)
+def one_parent(points: int) -> None:
+    """One line of `parent`, as JSON."""
+    from moebench.options import Options
+    from moebench.run import run_suite
+    from moebench.suite import load_suite
+
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        suite = load_suite([str(straw_suite(Path(folder), points))])
+        outcome = run_suite(suite, Options(Path(folder) / "run", command="harness_cost"), start=Straw)
+        each_ms = (time.perf_counter() - begin) * 1e3 / points
+        journal_mb = (Path(folder) / "run" / "journal.jsonl").stat().st_size / 1e6
+    seconds = {f"{phase}_s": outcome.seconds[phase] for phase in ("harness", "journal", "table")}
+    row = {"points": outcome.counts["measured"], "ms_a_point": each_ms, "peak_mb": _peak_mb(), "journal_mb": journal_mb}
+    click.echo(json.dumps(row | seconds))
+
+
+@main.command()
+@click.option("--points", type=int, default=2000, show_default=True)
+def worker(points: int) -> None:
+    """The real worker's resident memory as blocks of tiny layers go by."""
+    import psutil
+
+    from moebench.options import Options
+    from moebench.run import Progress, run_suite
+    from moebench.suite import load_suite
+
+    rows: list[Row] = []
+    begin = time.perf_counter()
+
+    def block_done(*_: object) -> None:
+        resident = sum(child.memory_info().rss for child in psutil.Process().children())
+        rows.append({"blocks": len(rows) + 1, "worker_mb": resident / 1e6, "seconds": time.perf_counter() - begin})
+
+    with tempfile.TemporaryDirectory() as folder:
+        suite = load_suite([str(straw_suite(Path(folder), points))])
+        run_suite(suite, Options(Path(folder) / "run", device="cpu"), Progress(block_done=block_done))
+    _print(rows[9 :: max(1, len(rows) // 10)])
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+def estimates(runs: tuple[Path, ...]) -> None:
+    """What `--dry-run` says of shipped suites, with the ceilings of complete runs of them, against what they took."""
+    _print([row for run in runs if (row := estimate_row(json.loads((run / "manifest.json").read_text())))])
+
+
+def estimate_row(manifest: Row) -> Row | None:
+    """Estimated and actual seconds of a run; None where it is not the whole of a shipped suite, in one session."""
+    from moebench.estimate import estimate_seconds
+    from moebench.suite import load_suite, shipped
+
+    whole = manifest["finished"] == "complete" and manifest["shard"] == [1, 1] and not manifest["check_only"]
+    if not whole or manifest["sessions"] > 1 or manifest["suite"] not in shipped():
+        return None
+    overrides = {axis: list(map(str, values)) for axis, values in manifest["overrides"].items()}
+    suite = load_suite([manifest["suite"]], overrides, add_providers=manifest["joined"])
+    kind, took = manifest["device_kind"], sum(manifest["seconds"].values())
+    blind, knowing = (estimate_seconds(suite, kind, known).seconds for known in (None, manifest["ceilings"]))
+    return {
+        "suite": manifest["suite"], "device_kind": kind, "took_s": took, "estimated_s": knowing,
+        "ratio": knowing / took, "uncalibrated_s": blind, "uncalibrated_ratio": blind / took,
+    }  # fmt: skip
+
+
+def _in_a_process(command: str, points: int) -> Row:
+    words = [sys.executable, "-m", "moebench_suites.harness_cost", command, str(points)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    row: Row = json.loads(done.stdout)
+    return row
+
+
+def _peak_mb() -> float:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) * 1024 / 1e6
+
+
+def _print(rows: list[Row]) -> None:
+    from moebench.terminal import print_rows
+
+    print_rows(rows, tuple(rows[0]) if rows else ("nothing",))
+
+
+if __name__ == "__main__":
+    main()
