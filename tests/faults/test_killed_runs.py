@@ -39,7 +39,7 @@ def test_a_hundred_kills_lose_nothing(tmp_path):
     seen = yard(tmp_path, "kills", KILLS, seed)
     assert seen["faults"] == []
     assert sum(seen["landed"].values()) == KILLS
-    assert set(seen["landed"]) == {"start", "block", "journal", "table", "manifest"}, seen["landed"]
+    assert set(seen["landed"]) >= {"start", "block", "journal", "table", "manifest"}, seen["landed"]
     assert len(seen["runs"]) >= KILLS // 4
     for run in seen["runs"]:
         rows = complete(tmp_path / run, BLOCKS)

@@ -35,15 +35,20 @@ from moebench.options import Options
 from moebench.suite import Suite, load_suite
 
 TOKENS = [4, 8, 16, 32]
-STAGES = {b"s": "start", b"b": "block", b"j": "journal", b"t": "table", b"m": "manifest"}
+PER_BLOCK = 5  # lines
+STAGES = {b"s": "start", b"b": "block", b"j": "journal", b"t": "table", b"m": "manifest", b"e": "end"}
 KILLS_OF_ONE_RUN = 4  # a run that goes on is killed too
 Marks = list[tuple[bytes, float]]
 
 
 def journalled(run: Path) -> dict[str, str]:
-    """Point and replicate -> its record as text; nothing may change in it."""
+    """Point -> its record as text, of the blocks that are whole: of those nothing may change.
+
+    A kill can leave a part of a block's lines. They are its rows until the block is measured again, whole.
+    """
     records = Journal(run / "journal.jsonl").read()
-    return {f"{record.point_id} {record.replicate}": record.model_dump_json() for record in records}
+    lines = Counter(record.block_id for record in records)
+    return {record.point_id: record.model_dump_json() for record in records if lines[record.block_id] == PER_BLOCK}
 
 
 class Run:
@@ -89,6 +94,7 @@ def _be_a_run(suite: Suite, options: Options, told: int, max_file_bytes: int | N
             code = product.run_suite(
                 suite, options, product.Progress(block=lambda block: os.write(told, b"b"))
             ).exit_code
+            os.write(told, b"e")
         except (RunError, ValueError) as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             options.out.with_suffix(".said").write_text(str(error))
@@ -128,7 +134,7 @@ def kills(folder: Path, suite: Suite, count: int, seed: int) -> dict[str, Any]:
             running = Run(suite, run, resume=number > 0)
             came = running.until(stage, chance.randint(1, 2) if stage in b"bj" else 1)
             if came:
-                time.sleep(chance.uniform(0.0, 1.5 * lengths[stage]))
+                time.sleep(chance.uniform(0.0, 1.2 * lengths[stage]))
                 os.kill(running.pid, signal.SIGKILL)
             code = running.end()
             faults += _lost(run, kept, f"{run.name}, session {number}, killed in {STAGES[stage]}: ")
@@ -147,7 +153,7 @@ def kills(folder: Path, suite: Suite, count: int, seed: int) -> dict[str, Any]:
 def _lost(run: Path, kept: dict[str, str], where: str) -> list[str]:
     """Records that were in the journal and are not there as they were; `kept` becomes what is there now."""
     found = journalled(run)
-    lost = [f"{where}{key} is {found.get(key)}" for key, text in kept.items() if found.get(key) != text]
+    lost = [f"{where}{key} is {found.get(key)}, was {text}" for key, text in kept.items() if found.get(key) != text]
     kept.update(found)
     return lost
 
