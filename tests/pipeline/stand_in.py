@@ -84,8 +84,11 @@ class Answers:
     def check(self, index: int) -> dict[str, Any]:
         return {"rel_error": 1e-7, "max_error": 1e-7, "fidelity_error": 1e-7, "wrong": None}
 
-    def warm(self, index: int, max_seconds: float) -> dict[str, Any]:
-        return {"first_call_ms": 2.0, "estimate_ms": self.latency_ms, "timer": "straw", "why": ""}
+    def warm(self, index: int, max_seconds: float, timer: str, cache: str) -> dict[str, Any]:
+        return {
+            "first_call_ms": 2.0, "estimate_ms": self.latency_ms, "settled": True, "calls": 9,
+            "timer": "straw", "why": "", "rotation": 4, "cache": "cold",
+        }  # fmt: skip
 
     def memory(self, index: int) -> dict[str, Any]:
         return {"peak_memory_bytes": 1 << 20, "reason": None, "resolution_bytes": 4096}
@@ -103,7 +106,7 @@ class Answers:
         return {}
 
     def state_end(self) -> dict[str, Any]:
-        return {"state": {}, "flags": []}
+        return {"state": {}, "flags": [], "arms": []}
 
     def drop(self, index: int) -> dict[str, Any]:
         return {}
@@ -167,11 +170,15 @@ class Crew:
 
 
 def pause(here: str) -> None:
-    """Where STAND_IN_PAUSE names this place, touch STAND_IN_MARK and hang; only once, since the mark stays."""
+    """Where STAND_IN_PAUSE names this place, touch STAND_IN_MARK and hang until there is a file of that name with `.on`.
+
+    Only once, since the mark stays.
+    """
     mark = Path(os.environ.get("STAND_IN_MARK", os.devnull))
     if here == os.environ.get("STAND_IN_PAUSE") and not mark.exists():
         mark.touch()
-        time.sleep(1e6)
+        while not mark.with_suffix(".on").exists():
+            time.sleep(0.02)
 
 
 def serve() -> None:
