@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cached_property
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moebench.answer import Answer
-from moebench.catalogue.spec import LayerSpec
+from moebench.bench import Bench, row_sums, sums_of, twin
 from moebench.check import Verdict, judge
-from moebench.expected import coupled
 from moebench.point import DRAWS, DROPLESS, Problem, Variant
 from moebench.providers.base import Provider
 from moebench.providers.case import Case
 from moebench.routing.build import with_capacity
-from moebench.routing.forms import TopK
-from moebench.routing.logits import impose_logits
-from moebench.routing.scores import Side
 from moebench.routing.statistics import statistics
-from moebench.weights import Weights, make_weights, seed_of
-from moebench.workload import Draw, Inputs, can_impose, make_draws, make_inputs
-
-TWIN_TOKENS, TWIN_WIDTH, TWIN_FFN = 16, 64, 32
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What the arms of one precision share: the problem's weights, and its draws (the last one is the check's)."""
-
-    problem: Problem
-    weights: Weights
-    draws: tuple[Draw, ...]
-    known: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # the oracle's answers so far
-    tampered: set[str] = field(default_factory=set)  # weights that some arm changed while the arms were timed
-
-    @cached_property
-    def row_sums(self) -> dict[str, Tensor]:
-        """The weights' row sums before any arm has run."""
-        return row_sums(self.weights)
+from moebench.weights import Weights, make_weights
+from moebench.workload import Draw, Inputs, make_inputs
 
 
 class Arm:
@@ -52,6 +30,9 @@ class Arm:
         case: what it was asked to do.
         timed: False where it only runs in an interpreter.
         checked_on: the shape it is checked on.
+        first_call_ms: its very first call, with what it compiles and touches for the first time; null: not yet.
+        layers, states: the weights and their copies that it rotates over, and the provider's state for each.
+        rotation: how many calls make one rotation: call i runs draw i modulo 4 on copy i modulo the copies.
     """
 
     def __init__(self, provider: Provider, bench: Bench, variant: Variant, device: str) -> None:
@@ -65,18 +46,48 @@ class Arm:
         self.checked_on = _shape(problem, interpreted=not self.timed)
         self.bench = bench
         _ = bench.row_sums  # taken before a provider sees the weights
-        self.weights = bench.weights.leaves() if self.backward else bench.weights
-        self.state = provider.prepare(self.weights, self.case)
+        self.layers = [self._layer(0)]
+        self.states = [provider.prepare(self.weights, self.case)]
+        self.rotation = DRAWS
+        self.first_call_ms: float | None = None
         self.buffers = [self._inputs(draw) for draw in bench.draws[:DRAWS]] if self.timed else []
         self.input_sums = [sums_of(buffer.tensors()) for buffer in self.buffers]
         self.scoped = [provider.scope_inputs(self.state, buffer) for buffer in self.buffers]
 
+    @property
+    def weights(self) -> Weights:
+        """The layer's own weights, as the provider has them."""
+        return self.layers[0]
+
+    @property
+    def state(self) -> Any:
+        """The provider's state for them."""
+        return self.states[0]
+
     def call(self, index: int) -> Any:
-        """One call on a draw; forward_backward includes the backward pass."""
+        """The next call of a rotation; forward_backward includes the backward pass."""
+        return self.run(index % DRAWS, index % len(self.states))
+
+    def run(self, draw: int, copy: int = 0) -> Any:
+        """One call on a draw and a copy of the weights."""
         if self.backward:
-            return self._forward_backward(self.buffers[index])[0]
+            return self._forward_backward(self.buffers[draw], copy)[0]
         with torch.no_grad():
-            return self.provider.run(self.state, self.scoped[index])
+            return self.provider.run(self.states[copy], self.scoped[draw])
+
+    def add_copies(self, copies: int) -> bool:
+        """Make it ready on copies of the weights, `copies` in all, for calls to take turns; False where that fails."""
+        try:
+            layers = [self._layer(number) for number in range(1, copies)]
+            states = [self.provider.prepare(layer, self.case) for layer in layers]
+        except Exception:  # noqa: BLE001 - it is ready on the weights themselves, and is timed on those
+            return False
+        self.layers, self.states = self.layers[:1] + layers, self.states[:1] + states
+        return True
+
+    def _layer(self, number: int) -> Weights:
+        weights = self.bench.copy(number)
+        return weights.leaves() if self.backward else weights
 
     def check(self) -> Verdict:
         """Run once on other values, poison that output, refill the buffers, run again, and judge.
@@ -102,7 +113,11 @@ class Arm:
         inputs = self._inputs(first)
         with torch.no_grad():
             scoped = self.provider.scope_inputs(self.state, inputs)
+        begin = time.perf_counter()
         output, _ = self._execute(inputs, scoped)
+        self._wait()
+        if self.first_call_ms is None:
+            self.first_call_ms = (time.perf_counter() - begin) * 1e3
         poison(output)
         inputs.refill(self._inputs(judged))
         with torch.no_grad():
@@ -159,14 +174,15 @@ class Arm:
 
     def restore_weights(self) -> str | None:
         """The first of the layer's weights that has changed, or None; all are then drawn anew."""
-        weights, problem = self.bench.weights, self.bench.problem
-        now = row_sums(weights)
-        changed = [name for name, sums in self.bench.row_sums.items() if not torch.equal(sums, now[name])]
+        held, problem = self.bench.held, self.bench.problem
+        changed = [name for weights, before in held for name in _unequal(row_sums(weights), before)]
         if not changed:
             return None
-        fresh = make_weights(problem.layer, self.variant.precision, str(weights.router.device), problem.seed).tensors()
-        for name, value in weights.tensors().items():
-            value.copy_(fresh[name])
+        device = str(self.bench.weights.router.device)
+        fresh = make_weights(problem.layer, self.variant.precision, device, problem.seed).tensors()
+        for weights, _ in held:
+            for name, value in weights.tensors().items():
+                value.copy_(fresh[name])
         self.bench.known.clear()  # the oracle may have been asked about the changed ones
         return changed[0]
 
@@ -180,13 +196,17 @@ class Arm:
         with torch.no_grad():
             return self.provider.run(self.state, scoped), {}
 
-    def _forward_backward(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+    def _wait(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    def _forward_backward(self, inputs: Inputs, copy: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         assert inputs.upstream is not None
         leaves = {"x": inputs.x.detach().requires_grad_(), "weights": inputs.weights.detach().requires_grad_()}
-        parameters = self.weights.tensors()
+        parameters = self.layers[copy].tensors()
         for parameter in parameters.values():
             parameter.grad = None
-        output: Tensor = self.provider.run(self.state, replace(inputs, **leaves))
+        output: Tensor = self.provider.run(self.states[copy], replace(inputs, **leaves))
         # Anything else goes to the check as it is, which says what is wrong with it.
         if isinstance(output, Tensor) and output.requires_grad and output.shape == inputs.upstream.shape:
             output.backward(inputs.upstream)
@@ -207,62 +227,8 @@ def make_case(problem: Problem, variant: Variant, device: str) -> Case:
     )
 
 
-def twin(bench: Bench, precision: str) -> Bench:
-    """What an interpreter can run: a reduced layer with the same E, K and router, and the first tokens' routing."""
-    layer, problem = bench.problem.layer, bench.problem
-    # Twice as wide as E: near a square router the imposed hidden states grow beyond what bfloat16 keeps apart.
-    width = max(TWIN_WIDTH, -(-layer.routed_experts // 8) * 16) if can_impose(layer) else TWIN_WIDTH
-    small = replace(
-        layer,
-        hidden_size=min(layer.hidden_size, width),
-        expert_ffn_size=min(layer.expert_ffn_size, TWIN_FFN),
-        shared_ffn_size=min(layer.shared_ffn_size, TWIN_FFN),
-    )
-    tokens = min(problem.tokens, TWIN_TOKENS)
-    reduced = replace(problem, layer=small, tokens=tokens)
-    weights = make_weights(small, precision, "cpu", problem.seed)
-    # What says which experts are chosen, and does not depend on the widths, stays the full layer's.
-    full = {name: value.cpu() for name, value in bench.weights.gate.items()}
-    kept = {name: value for name, value in full.items() if value.shape == weights.gate[name].shape}
-    weights = replace(weights, gate=weights.gate | kept)
-    if can_impose(small) and all(isinstance(draw.routing, TopK) for draw in bench.draws) and not coupled(layer):
-        draws = tuple(_twin_draw(draw, small, weights, tokens, index) for index, draw in enumerate(bench.draws))
-    else:  # its choices are its own: of these hidden states, or of all tokens together
-        draws = make_draws(reduced, weights)
-    return Bench(reduced, weights, draws)
-
-
-def _twin_draw(draw: Draw, small: LayerSpec, weights: Weights, tokens: int, index: int) -> Draw:
-    """The first tokens of a draw, with smaller hidden states that make the same choices."""
-    generator = torch.Generator().manual_seed(seed_of("twin", index))
-    x = torch.randn(tokens, small.hidden_size, generator=generator)
-    upstream = torch.randn(tokens, small.hidden_size, generator=generator)
-    dense_x = None if draw.dense_x is None else torch.randn(x.shape, generator=generator)
-    full = draw.routing
-    assert isinstance(full, TopK)
-    ids, gates = full.wanted_ids[:tokens], full.wanted_weights[:tokens]
-    logits = None if full.logits is None else full.logits[:tokens]
-    if logits is not None:
-        gate = {name: value.float() for name, value in weights.whole_gate.items()}
-        x = impose_logits(x, gate["router"], logits - gate.get("logit_bias", torch.zeros(()))).float()
-    routing = TopK(ids, gates, ids, gates, logits, full.routed_experts, full.on_input)
-    side = Side(**{name: value[:tokens] for name, value in draw.side.tensors().items()})
-    return Draw(x, routing, upstream, side, dense_x)
-
-
-def row_sums(weights: Weights) -> dict[str, Tensor]:
-    """`sums_of` a layer's weights."""
-    return sums_of(weights.tensors())
-
-
-def sums_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """float32 sums over the last dimension, by name: equal to the last bit while nobody writes to the tensors."""
-    return {name: _countable(value).sum(-1, dtype=torch.float32) for name, value in tensors.items()}
-
-
-def _countable(value: Tensor) -> Tensor:
-    """What torch can sum: fp8 as the integers that its bits are."""
-    return value.detach().view(torch.uint8) if value.dtype == torch.float8_e4m3fn else value.detach()
+def _unequal(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, sums in before.items() if not torch.equal(sums, now[name])]
 
 
 def poison(output: Any) -> None:

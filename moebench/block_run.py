@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Protocol
 
-from moebench.catalogue.layer_forms import LAYER_FORMS
 from moebench.measure.latency import SLOW_CALL_MS, enough, shortfall
+from moebench.measure.steadiness import unsteady
 from moebench.point import YARDSTICKS, Block, Point, Problem, Variant, digest
 from moebench.providers import is_yardstick
 from moebench.refusal import refusal
 from moebench.remote import Reply, WorkerLost
 from moebench.suite import Budget
-from moebench.work import Work, dense_work, layer_form_work, point_work
+from moebench.work import Work, point_work, variant_work
 
 BURST_S = 0.02  # bursts are short so that rounds are many: drift then hits every arm alike
 MAX_BURST = 10
@@ -48,6 +48,7 @@ class Entry:
         point_id: unique in a run; a yardstick's is its block's own, since every block has the same ones.
         status: set once it is out of the race, with its reason.
         facts, verdict, warmth: replies of the worker to arm, check and warm.
+        state: how the machine was while the block was sampled; of a GPU after this arm's own bursts.
         spent_s: sampling time so far.
         looked_at: how many samples there were when it was last asked whether they are enough.
     """
@@ -63,6 +64,7 @@ class Entry:
     warmth: Reply = field(default_factory=dict)
     peak: Reply = field(default_factory=dict)
     energy: Reply = field(default_factory=dict)
+    state: Reply = field(default_factory=dict)
     samples_ms: list[float] = field(default_factory=list)
     wall_ms: list[float] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
@@ -102,6 +104,7 @@ class Settings:
         device_kind: cpu or cuda.
         unavailable: provider -> reason.
         check_only: stop after the check.
+        timer, cache: what the suite asks for (`moebench.suite_file.SuiteFile`).
         energy: whether to measure energy.
     """
 
@@ -109,6 +112,8 @@ class Settings:
     budget: Budget
     unavailable: dict[str, str]
     check_only: bool = False
+    timer: str = "auto"
+    cache: str = "cold"
     energy: bool = False
     energy_window_s: float = 5.0
     energy_trials: int = 3
@@ -211,7 +216,7 @@ class BlockRun:
                 entry.fail("skipped", NOTHING_TO_COMPARE)
             return
         for entry in timed:
-            entry.warmth = self._ask(entry, "warm", max_seconds=self.settings.budget.seconds_per_point / 2) or {}
+            self._warm(entry)
         for entry in timed:
             if entry.live and entry.role == "arm":
                 entry.peak = self._ask(entry, "memory") or {}
@@ -251,6 +256,15 @@ class BlockRun:
         if not entry.live:
             self._ask(entry, "drop")
 
+    def _warm(self, entry: Entry) -> None:
+        settings = self.settings
+        wanted = {"timer": settings.timer, "cache": settings.cache}
+        entry.warmth = self._ask(entry, "warm", max_seconds=settings.budget.seconds_per_point / 2, **wanted) or {}
+        if entry.live and not entry.warmth["settled"]:
+            entry.flag("not_settled")
+        if entry.live and settings.cache == "cold" and entry.warmth["cache"] == "hot":
+            entry.flag("cache_resident")
+
     def _sample(self, timed: list[Entry]) -> None:
         # Whoever ran last is blamed when the worker dies while its state is read: a death costs one point, not all.
         self.worker.ask("state_begin", deadline_s=self._deadline_s())
@@ -262,11 +276,22 @@ class BlockRun:
             self._random.shuffle(running)
             for entry in running:
                 self._burst(entry, number)
-        self.state_flags = self.worker.ask("state_end", deadline_s=self._deadline_s()).get("flags", [])
+        self._end_state()
+        kind, minimum = self.settings.device_kind, self.settings.budget.min_samples
         for entry in timed:
             if entry.live:
-                minimum = self.settings.budget.min_samples
-                entry.flags += shortfall(entry.samples_ms, device_kind=self.settings.device_kind, min_samples=minimum)
+                samples, rotation = entry.samples_ms, entry.warmth["rotation"]
+                entry.flag(*shortfall(samples, device_kind=kind, min_samples=minimum))
+                entry.flag(*unsteady(samples, entry.rounds, rotation, device_kind=kind))
+
+    def _end_state(self) -> None:
+        reply = self.worker.ask("state_end", deadline_s=self._deadline_s())
+        self.state_flags = reply.get("flags", [])
+        arms = {own["index"]: own for own in reply.get("arms", [])}
+        for entry in self._live():
+            own = arms.get(entry.index, {})
+            entry.state = {**reply.get("state", {}), **own.get("state", {})}
+            entry.flag(*own.get("flags", []))
 
     def _burst(self, entry: Entry, number: int) -> None:
         estimate_s = entry.warmth["estimate_ms"] / 1e3
@@ -334,12 +359,7 @@ def plain(value: Any) -> dict[str, Any]:
 
 def work_of(entry: Entry) -> Work | None:
     """The Work of an entry as routed; None for yardsticks that have none."""
-    point = entry.point
+    point, facts = entry.point, entry.facts
     if point.variant.provider in YARDSTICKS:
         return None
-    if point.variant.provider == "dense-ffn":
-        return dense_work(point.problem, point.variant)
-    if point.variant.provider in LAYER_FORMS:
-        return layer_form_work(point.problem, point.variant)
-    facts = entry.facts
-    return point_work(point.problem, point.variant, active_experts=facts["active_experts"], kept=facts["kept"])
+    return variant_work(point.problem, point.variant, active_experts=facts["active_experts"], kept=facts["kept"])

@@ -70,7 +70,7 @@ def _changes_weights(arm: Arm) -> str | None:
     arm.bench.tampered.update(filter(None, [arm.restore_weights()]))
     if not arm.bench.tampered:
         return None
-    for index in range(len(arm.buffers)):
+    for index in range(arm.rotation):
         arm.call(index)
     changed = arm.restore_weights()
     return f"changed the layer's {changed} while it was timed" if changed else None
@@ -110,7 +110,7 @@ def _right_again(arm: Arm, timer: Timer, latency_ms: float, device_kind: str) ->
 
 def _keeps_its_output(arm: Arm) -> bool:
     """Whether a second output lies where the first one still is: no allocation is in its time."""
-    first, second = tensors_in(arm.call(0)), tensors_in(arm.call(min(1, len(arm.buffers) - 1)))
+    first, second = tensors_in(arm.run(0)), tensors_in(arm.run(min(1, len(arm.buffers) - 1)))
     places = {value.untyped_storage().data_ptr() for value in first if value.numel()}
     return any(value.untyped_storage().data_ptr() in places for value in second)
 

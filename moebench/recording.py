@@ -11,9 +11,13 @@ from moebench.catalogue.hardware import Hardware
 from moebench.catalogue.routers import is_causal
 from moebench.derive import cost, limit_ms, performance
 from moebench.measure.latency import median_interval
-from moebench.point import DRAWS, DROPLESS, YARDSTICKS, Block
-from moebench.record import ROUTING_COLUMNS, Record
-from moebench.work import BYTES_PER_WEIGHT
+from moebench.measure.steadiness import outliers
+from moebench.point import DROPLESS, YARDSTICKS, Block
+from moebench.record import ROUTING_COLUMNS, STATE_COLUMNS, Record
+
+# Measured ceilings are lower bounds: a good kernel may pass them by some percent, and noise may have lowered them. What
+# is beyond this is no longer explained so, and the row is flagged: work may have been left out, or run elsewhere.
+CEILING_MARGIN = 1.25
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,6 @@ class Context:
     hardware: Hardware | None
     ceilings: dict[str, Any] | None
     providers: dict[str, dict[str, Any]]
-    cache_bytes: int | None
     threads: int | None = None
     modes: str | None = None
     replicate: int = 0
@@ -117,13 +120,19 @@ def _measured(entry: Entry, context: Context) -> dict[str, Any]:
     latency = median(samples)
     numbers: dict[str, Any] = {
         "timer": entry.warmth["timer"],
+        "timer_reason": entry.warmth["why"] or None,
+        "cache": entry.warmth["cache"],
         "latency_ms": latency,
         "latency_ms_low": low,
         "latency_ms_high": high,
         "wall_ms": median(entry.wall_ms),
+        "first_call_ms": entry.warmth["first_call_ms"],
         "prepare_ms": entry.facts.get("prepare_ms"),
         "samples_ms": samples,
+        "wall_samples_ms": None if entry.wall_ms == samples else entry.wall_ms,
         "sample_round": entry.rounds,
+        "outlier_samples": outliers(samples),
+        **{name: entry.state.get(name) for name in STATE_COLUMNS},
         "peak_memory_bytes": entry.peak.get("peak_memory_bytes"),
         "flags": [],
     }
@@ -147,10 +156,10 @@ def _derived(entry: Entry, latency_ms: float, context: Context) -> dict[str, Any
     assert work is not None
     numbers: dict[str, Any] = performance(latency_ms, work, problem, variant, context.hardware)
     limit = limit_ms(work, variant.precision, context.ceilings)
-    warm = _cache_resident(entry, context.cache_bytes)
-    numbers["limit_ms"] = limit
-    numbers["limit_fraction"] = None if limit is None or warm else limit / latency_ms
-    numbers["flags"] = ["cache_resident"] if warm else []
+    cold = entry.warmth["cache"] == "cold"
+    fraction = limit / latency_ms if cold and limit is not None else None
+    numbers["limit_ms"], numbers["limit_fraction"] = limit, fraction
+    numbers["flags"] = ["faster_than_ceiling"] if fraction is not None and fraction > CEILING_MARGIN else []
     joules = entry.energy.get("gross_j_per_call")
     per_token = None if joules is None else joules / problem.tokens
     net = entry.energy.get("net_j_per_call")
@@ -164,14 +173,3 @@ def _derived(entry: Entry, latency_ms: float, context: Context) -> dict[str, Any
 def _memory_flags(entry: Entry) -> list[str]:
     peak = entry.peak.get("peak_memory_bytes")
     return ["memory_below_resolution"] if peak is not None and peak < entry.peak["resolution_bytes"] else []
-
-
-def _cache_resident(entry: Entry, cache_bytes: int | None) -> bool:
-    """Whether what the rotating draws touch could stay in the last-level cache (twice its size counts as cold)."""
-    if cache_bytes is None:
-        return False
-    layer, tokens = entry.point.problem.layer, entry.point.problem.tokens
-    b = BYTES_PER_WEIGHT[entry.variant.precision]
-    experts = min(layer.routed_experts, DRAWS * (entry.facts.get("active_experts") or layer.top_k))
-    weights = (experts * layer.expert_params() + layer.router_params() + layer.shared_params()) * b
-    return weights + 2 * DRAWS * tokens * layer.hidden_size * b < 2 * cache_bytes

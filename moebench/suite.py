@@ -45,6 +45,7 @@ class Suite:
         name: of the file, or of several joined by "+".
         question: what it answers.
         energy: whether energy is measured.
+        timer, cache: as in `SuiteFile`.
         seed: of weights, inputs, routing and the shuffling of rounds.
         replicates: repeats in fresh workers.
         budget: how long measuring may take.
@@ -61,6 +62,8 @@ class Suite:
     name: str
     question: str
     energy: bool
+    timer: str
+    cache: str
     seed: int
     replicates: int
     budget: Budget
@@ -121,12 +124,16 @@ def load_suite(
         raise SuiteError(faults)
     files = [part for _, part in parts]
     named = files_named(sweeps)
-    if any(part.modes != files[0].modes for part in files):
-        raise SuiteError([f"{parts[0][0]} and {parts[-1][0]}: modes: differ, and one run has one set of them"])
+    for key in ("modes", "timer", "cache"):
+        other = next((file for file, part in parts if getattr(part, key) != getattr(files[0], key)), None)
+        if other is not None:
+            raise SuiteError([f"{parts[0][0]} and {other}: {key}: differ, and one run has one for all"])
     return Suite(
         name="+".join(dict.fromkeys(part.name for part in files)),
         question=" ".join(dict.fromkeys(part.question for part in files)),
         energy=any(part.energy for part in files),
+        timer=files[0].timer,
+        cache=files[0].cache,
         seed=files[0].seed,
         replicates=max(part.replicates for part in files),
         budget=_longest([part.budget for part in files]),

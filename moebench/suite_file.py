@@ -85,11 +85,18 @@ class SweepTable(_Strict):
 
 
 class SuiteFile(_Strict):
-    """A whole suite file."""
+    """A whole suite file.
+
+    Attributes:
+        timer: of a GPU; "auto" is the best that a call allows (`moebench.measure.latency.TIMERS`).
+        cache: "cold": calls rotate, so that none finds its data in the cache; "hot": every call is the same.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     question: str = Field(min_length=1, max_length=300)
     energy: bool = False
+    timer: Literal["auto", "cuda_graph", "cuda_events", "cuda_profiler"] = "auto"
+    cache: Literal["cold", "hot"] = "cold"
     seed: int = Field(default=0, ge=0, le=2**30)
     replicates: int = Field(default=1, ge=1, le=1000)
     budget: Budget = Budget()

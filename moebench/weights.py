@@ -95,6 +95,17 @@ class Weights:
             found |= {f"quantised {name}": weights.values, f"scales of {name}": weights.scales}
         return found | {GATE + name: value for name, value in self.gate.items()}
 
+    def copy(self) -> Weights:
+        """The same values in memory of their own; those that quantised ones were made of stay shared."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        kept = ("w_gate_up", "w_down") if self.quantised else ()
+        made: dict[str, Any] = {name: value.clone() for name, value in plain.items() if name not in kept}
+        if self.quantised:
+            made["quantised"] = tuple(
+                each._replace(values=each.values.clone(), scales=each.scales.clone()) for each in self.quantised
+            )
+        return replace(self, **made, gate={name: value.clone() for name, value in self.gate.items()})
+
     def leaves(self) -> Weights:
         """The same storage as leaves that collect gradients; of unquantised weights."""
         found: dict[str, Any] = {name: _leaf(value) for name, value in self.tensors().items()}

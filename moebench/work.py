@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moebench.catalogue.gate import gate_maps
-from moebench.catalogue.layer_forms import form_work
+from moebench.catalogue.layer_forms import LAYER_FORMS, form_work
 from moebench.catalogue.routers import router_info
 from moebench.catalogue.spec import LayerSpec
 from moebench.point import QUANTISED_PRECISIONS, STAGES, Problem, Variant, base_precision
@@ -126,6 +126,17 @@ def layer_form_work(problem: Problem, variant: Variant) -> Work:
     b = BYTES_PER_WEIGHT[variant.precision]
     hidden = problem.tokens * problem.layer.hidden_size * b
     return Work(flops, params * b, hidden, hidden)
+
+
+def variant_work(
+    problem: Problem, variant: Variant, *, active_experts: float | None = None, kept: float | None = None
+) -> Work:
+    """Work of one call by any provider: the dense FFN and the layer forms do another than the layer's."""
+    if variant.provider == "dense-ffn":
+        return dense_work(problem, variant)
+    if variant.provider in LAYER_FORMS:
+        return layer_form_work(problem, variant)
+    return point_work(problem, variant, active_experts=active_experts, kept=kept)
 
 
 def stage_work(

@@ -19,17 +19,21 @@ from typing import Any, TextIO
 
 import torch
 
-from moebench.arm import Arm, Bench, make_case
+from moebench.arm import Arm, make_case
+from moebench.bench import Bench
 from moebench.measure import ceilings, device, energy, latency, memory, modes
-from moebench.point import DRAWS, QUANTISED_PRECISIONS, Problem, Variant, problem_from_json
+from moebench.point import QUANTISED_PRECISIONS, Problem, Variant, problem_from_json
 from moebench.providers.load import Unavailable, load
 from moebench.recheck import recheck
+from moebench.rotation import rotate, stay_hot
 from moebench.weights import Weights, make_weights, weight_bytes
 from moebench.workload import make_draws
 from moebench.yardsticks import Shelf, Yardstick
 
 # PyTorch's allocator for the host and CUDA's libraries say so in a bare RuntimeError.
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+COPIES_SHARE = 0.25  # of the memory that is left, for copies of the weights to rotate over
 
 
 class Worker:
@@ -134,13 +138,25 @@ class Worker:
         self._synchronize()
         return vars(verdict)
 
-    def warm(self, index: int, max_seconds: float) -> dict[str, Any]:
-        """Warm up and choose the timer."""
-        arm = self.arms[index]
-        warmth = latency.warm(arm.call, DRAWS, max_seconds=max_seconds, device_kind=self.kind)
-        timer = latency.make_timer(self.kind, arm.call, DRAWS)
-        self.timers[index] = timer
-        return {**warmth._asdict(), "timer": timer.name, "why": timer.why}
+    def warm(self, index: int, max_seconds: float, timer: str, cache: str) -> dict[str, Any]:
+        """Choose what rotates, warm up and choose the timer; "cache" says whether what rotates is cold."""
+        arm, cold_bytes = self.arms[index], latency.COLD_CACHES * (device.llc_bytes(self.kind) or 0)
+        rotating_bytes = self._rotate(arm, cache, cold_bytes)
+        warmth = latency.warm(arm.call, arm.rotation, max_seconds=max_seconds, device_kind=self.kind)
+        chosen = latency.make_timer(self.kind, arm.call, arm.rotation, timer)
+        self.timers[index] = chosen
+        reached = ("cold" if rotating_bytes >= cold_bytes else "hot") if cold_bytes else None
+        facts = {"timer": chosen.name, "why": chosen.why, "rotation": arm.rotation, "cache": reached}
+        first = arm.first_call_ms if isinstance(arm, Arm) else None  # the check may have run it before
+        return warmth._asdict() | facts | ({} if first is None else {"first_call_ms": first})
+
+    def _rotate(self, arm: Arm | Yardstick, cache: str, cold_bytes: float) -> float:
+        """Set an arm's rotation; the bytes that one rotation reads."""
+        if isinstance(arm, Yardstick):
+            return arm.rotate(cache == "cold")
+        if cache == "hot":
+            return stay_hot(arm)
+        return rotate(arm, cold_bytes, COPIES_SHARE * memory.available_bytes(self.kind))
 
     def memory(self, index: int) -> dict[str, Any]:
         """Peak memory of a solo pass."""
@@ -152,7 +168,7 @@ class Worker:
         """Some samples, milliseconds per call."""
         samples = self.timers[index].burst(self.arms[index].call, count, start)
         if self.probe is not None:
-            self.probe.sample()
+            self.probe.sample(index)
         return {"device_ms": samples.device_ms, "wall_ms": samples.wall_ms}
 
     def recheck(self, index: int, latency_ms: float) -> dict[str, Any]:
@@ -183,10 +199,14 @@ class Worker:
         return {}
 
     def state_end(self) -> dict[str, Any]:
-        """What the machine did meanwhile, and the flags that follow."""
-        assert self.probe is not None
-        state, self.probe = self.probe.end(), None
-        return {"state": state, "flags": device.state_flags(state)}
+        """What the machine did meanwhile, and the flags that follow; of a GPU also after each arm's own bursts."""
+        probe, self.probe = self.probe, None
+        assert probe is not None
+        state = probe.end()
+        arms = [
+            {"index": index, "state": own, "flags": device.throttled(own)} for index, own in probe.arm_states().items()
+        ]
+        return {"state": state, "flags": device.contended(state), "arms": arms}
 
     def drop(self, index: int) -> dict[str, Any]:
         """Forget an arm."""

@@ -62,7 +62,7 @@ class Straw:
             "check": {"rel_error": 1e-7, "max_error": 1e-7, "fidelity_error": 1e-7, "wrong": None},
             "warm": {
                 "first_call_ms": 2.0, "estimate_ms": 1.0, "settled": True, "calls": 9, "timer": "straw", "why": "",
-                "rotation": 4, "cache": "hot",
+                "rotation": 4, "cache": "cold",
             },
             "memory": {"peak_memory_bytes": 1 << 20, "reason": None, "resolution_bytes": 4096},
             "burst": {"device_ms": [1.0] * 10, "wall_ms": [1.0] * 10},

@@ -1,5 +1,8 @@
 """CUDA timers: events on the device's clock, around graph replays where the call can be captured.
 
+Where it cannot, the profiler's kernel times stand in (`moebench.measure.profiler`), and where those cannot be had,
+events around the plain call.
+
 Two clocks a sample. Device time: before each sample a spin kernel keeps the device busy
 while the host queues the call, so that the time between the events is the device's work and
 not the host's launching. Wall time: the plain call from the host, launches included, until
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moebench.measure.latency import Call, Samples, Timer, no_collection
+from moebench.measure.latency import ASKED, Call, Samples, Timer, no_collection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +52,7 @@ class CudaGraphTimer:
 
 @dataclass(frozen=True)
 class CudaEventTimer:
-    """Events around the call itself, where no graph can be captured.
+    """Events around the call itself, where no graph can be captured and the profiler sees nothing.
 
     A call that waits for the device half-way, or takes the host longer than 5 ms to queue, has its
     gaps counted in its device time. That is what such a call costs, but it is no kernel time.
@@ -97,15 +100,33 @@ def _wall_ms(call: Call, index: int) -> float:
     return (time.perf_counter_ns() - begin) / 1e6
 
 
-def make_timer(call: Call, draws: int) -> Timer:
-    """A graph timer, or, where capture fails, an event timer that says why. `call` is warmed up."""
-    try:
-        return CudaGraphTimer(capture(call, draws))
-    except Exception as error:  # noqa: BLE001 - whatever a provider raises under capture, its plain call still counts
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        return CudaEventTimer(draws, f"no CUDA graph: {line}")
+def make_timer(call: Call, draws: int, wanted: str = "auto") -> Timer:
+    """The wanted timer or the next best of graph, profiler and events, which says why. `call` is warmed up.
+
+    Args:
+        wanted: one of `moebench.measure.latency.TIMERS`; "auto" is the graph.
+    """
+    reasons = [] if wanted in ("auto", "cuda_graph") else [ASKED]
+    if not reasons:
+        try:
+            return CudaGraphTimer(capture(call, draws))
+        except Exception as error:  # noqa: BLE001 - whatever a provider raises under capture, its plain call still counts
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            reasons.append(f"no CUDA graph: {_line(error)}")
+    if wanted != "cuda_events":
+        from moebench.measure import profiler
+
+        try:
+            return profiler.make_timer(call, draws, reasons[0])
+        except RuntimeError as error:
+            reasons = [reason for reason in reasons if reason != ASKED]
+            reasons.append(f"no kernel times from the profiler: {_line(error)}")
+    return CudaEventTimer(draws, "; ".join(reasons))
+
+
+def _line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def capture(call: Call, draws: int) -> list[torch.cuda.CUDAGraph]:

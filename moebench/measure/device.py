@@ -171,15 +171,18 @@ class StateProbe:
         self._readings: list[dict[str, Any]] = []
         self.sample()
 
-    def sample(self) -> None:
-        """Read clocks, temperature, power and throttle reasons now; these are states, not counters."""
-        reading: dict[str, Any] = {"cpu_mhz": _cpu_mhz(self.proc, self.cpus)}
+    def sample(self, arm: int | None = None) -> None:
+        """Read clocks, temperature, power and throttle reasons now, just after an arm's work or nobody's.
+
+        These are states, not counters.
+        """
+        reading: dict[str, Any] = {"arm": arm, "cpu_mhz": _cpu_mhz(self.proc, self.cpus)}
         self._readings.append(reading | (_gpu_reading(self.gpu) if self.gpu is not None else {}))
 
     def end(self) -> dict[str, Any]:
         """What was seen since `begin`; null where the system does not tell.
 
-        cpu_mhz, sm_mhz: lowest of the samples; temperature_c, power_w: highest; throttle_reasons: all that
+        cpu_mhz, sm_mhz, memory_mhz: lowest of the samples; temperature_c, power_w: highest; throttle_reasons: all that
         occurred; load1: the load average; steal_share: of all core time, taken by the hypervisor;
         other_cores: cores kept busy by other processes; wanted_cores: those and our threads.
         """
@@ -192,26 +195,36 @@ class StateProbe:
             "cpu_mhz": _extreme(min, self._readings, "cpu_mhz"),
             **_shares(self._ticks, _read_ticks(self.proc), os.cpu_count() or 1, self.threads),
         }
-        return state | (self._gpu_state() if self.device_kind == "cuda" else {})
+        if self.device_kind == "cuda":
+            state |= {"nvml": self.gpu_reason} if self.gpu is None else _gpu_state(self._readings)
+        return state
 
-    def _gpu_state(self) -> dict[str, Any]:
-        if self.gpu is None:
-            return {"nvml": self.gpu_reason}
-        reasons = [reading["throttle_reasons"] for reading in self._readings]
-        return {
-            "sm_mhz": _extreme(min, self._readings, "sm_mhz"),
-            "temperature_c": _extreme(max, self._readings, "temperature_c"),
-            "power_w": _extreme(max, self._readings, "power_w"),
-            "throttle_reasons": sorted(set().union(*reasons)),
-        }
+    def arm_states(self) -> dict[int, dict[str, Any]]:
+        """The GPU after each arm's own bursts, by arm, as in `end`; nothing where there is none to read."""
+        arms = {reading["arm"] for reading in self._readings} - {None} if self.gpu is not None else set()
+        return {arm: _gpu_state([each for each in self._readings if each["arm"] == arm]) for arm in sorted(arms)}
 
 
-def state_flags(state: dict[str, Any]) -> list[str]:
-    """`contended` where others took the cores or the hypervisor took time; `throttled:REASON` for each."""
+def _gpu_state(readings: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "sm_mhz": _extreme(min, readings, "sm_mhz"),
+        "memory_mhz": _extreme(min, readings, "memory_mhz"),
+        "temperature_c": _extreme(max, readings, "temperature_c"),
+        "power_w": _extreme(max, readings, "power_w"),
+        "throttle_reasons": sorted(set().union(*(reading["throttle_reasons"] for reading in readings))),
+    }
+
+
+def contended(state: dict[str, Any]) -> list[str]:
+    """The flag `contended` where others took the cores or the hypervisor took time."""
     stolen = (state.get("steal_share") or 0.0) > STEAL_LIMIT
     crowded = (state.get("wanted_cores") or 0.0) > CROWDED * state["cores"]
-    flags = ["contended"] if stolen or crowded else []
-    return flags + [f"throttled:{reason}" for reason in state.get("throttle_reasons", [])]
+    return ["contended"] if stolen or crowded else []
+
+
+def throttled(state: dict[str, Any]) -> list[str]:
+    """A flag `throttled:REASON` for each reason that the GPU gave."""
+    return [f"throttled:{reason}" for reason in state.get("throttle_reasons", [])]
 
 
 def _torch_threads(device_kind: str) -> int:
@@ -260,6 +273,7 @@ def _gpu_reading(handle: Any) -> dict[str, Any]:
     bits = ask(lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)) or 0
     return {
         "sm_mhz": ask(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+        "memory_mhz": ask(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
         "temperature_c": ask(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
         "power_w": None if power_mw is None else power_mw / 1e3,
         "throttle_reasons": [name for bit, name in THROTTLE_BITS.items() if bits & bit],

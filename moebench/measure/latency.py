@@ -1,8 +1,8 @@
 """Latency: warm-up, timers, the interval of a median, and the rule that says when samples suffice. No torch.
 
-`call(index)` runs draw `index` of `draws` rotating input buffers, the same for every
-arm, so that a call does not find its inputs in the cache because the call before
-had just read them.
+`call(index)` runs the `index`-th of `draws` rotating calls (input buffers, the same for every
+arm, and where the layer is small also copies of its weights), so that a call does not find
+in the cache what the call before had just read.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ INTERVAL_TOLERANCE = {"cuda": 0.01, "cpu": 0.05}  # half-width of the median's i
 
 SHORT_CALL_MS = 0.05  # below this a CPU sample is a mean of several calls: reading the clock costs about 0.1 us
 SETTLED = 0.02  # relative change of the windowed median below which a warm-up is over
+MIN_WARM_S = 0.05  # clocks and caches take a while: a drift below 2 % in a few short calls is no sign of rest
+LOOK_AGAIN = 1.1  # a warm-up of many short calls is looked at again when it has grown by a tenth
+COLD_CACHES = 2  # what rotates counts as cold from twice the last-level cache on: under LRU nothing of it is then left
+TIMERS = ("auto", "cuda_graph", "cuda_events", "cuda_profiler")  # that a suite may ask for
+ASKED = "the suite asks for it"
 
 
 class Samples(NamedTuple):
@@ -37,18 +42,27 @@ class Samples(NamedTuple):
 
 
 class Warmth(NamedTuple):
-    """What a warm-up saw: the very first call (compilation, first touch) and the settled median."""
+    """What a warm-up saw.
+
+    Attributes:
+        first_call_ms: its very first call.
+        estimate_ms: median of the last window.
+        settled: whether the median had come to rest, and not only the time to its end.
+        calls: how many there were.
+    """
 
     first_call_ms: float
     estimate_ms: float
+    settled: bool
+    calls: int
 
 
 class Timer(Protocol):
     """A way to time calls.
 
     Attributes:
-        name: goes into every record: "cpu_wall", "cuda_graph" or "cuda_events".
-        why: why no better timer was possible; "" where this is the best.
+        name: goes into every record: "cpu_wall", "cuda_graph", "cuda_profiler" or "cuda_events".
+        why: why no better timer was possible, or that it was asked for; "" where this is the best.
     """
 
     @property
@@ -106,12 +120,16 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def make_timer(device_kind: str, call: Call, draws: int) -> Timer:
-    """The best timer for a warmed-up call on "cpu" or "cuda"; the choice stays fixed for all of its samples."""
+def make_timer(device_kind: str, call: Call, draws: int, wanted: str = "auto") -> Timer:
+    """The best timer for a warmed-up call on "cpu" or "cuda"; the choice stays fixed for all of its samples.
+
+    Args:
+        wanted: one of `TIMERS`; without meaning on a CPU, which has one clock.
+    """
     if device_kind == "cuda":
         from moebench.measure import cuda
 
-        return cuda.make_timer(call, draws)
+        return cuda.make_timer(call, draws, wanted)
     return CpuTimer(draws, _inner_calls(call))
 
 
@@ -134,30 +152,36 @@ def synchronizer(device_kind: str) -> Callable[[], object]:
 
 
 def warm(call: Call, draws: int, *, min_calls: int = 6, max_seconds: float = 5.0, device_kind: str = "cpu") -> Warmth:
-    """Call until the running median settles, at least `min_calls` times, or until `max_seconds` have passed.
+    """Call until the running median settles, or until `max_seconds` have passed.
 
     Settled: the medians of the last two windows of calls differ by less than 2 %. A window holds
-    whole rotations of the draws, so that draws of unequal cost do not look like a drift. The time
-    limit wins over `min_calls`; a single call is never cut short.
+    whole rotations, so that draws of unequal cost do not look like a drift, and a third of all calls
+    so far, so that a slow drift shows as the warm-up goes on. Nothing is settled before `min_calls`
+    and 0.05 s. The time limit wins over both; a single call is never cut short.
     """
     synchronize = synchronizer(device_kind)
-    window = max(3, draws)
-    deadline = time.perf_counter() + max_seconds
+    window = draws * math.ceil(3 / draws)
+    began = now = time.perf_counter()
     times: list[float] = []
-    while not times or time.perf_counter() < deadline:
+    look_at = min_calls
+    while not times or now - began < max_seconds:
         begin = time.perf_counter_ns()
         call(len(times) % draws)
         synchronize()
         times.append((time.perf_counter_ns() - begin) / 1e6)
-        if len(times) >= min_calls and _settled(times[1:], window):
-            break
-    return Warmth(times[0], median(times[1:][-window:] or times))
+        now = time.perf_counter()
+        if len(times) >= look_at and now - began >= MIN_WARM_S:
+            if _settled(times[1:], window):
+                break
+            look_at = max(len(times) + 1, int(len(times) * LOOK_AGAIN))
+    return Warmth(times[0], median(times[1:][-window:] or times), _settled(times[1:], window), len(times))
 
 
 def _settled(times: Sequence[float], window: int) -> bool:
-    if len(times) < 2 * window:
+    width = max(window, len(times) // 3 // window * window)
+    if len(times) < 2 * width:
         return False
-    now, before = median(times[-window:]), median(times[-2 * window : -window])
+    now, before = median(times[-width:]), median(times[-2 * width : -width])
     return abs(now - before) < SETTLED * before
 
 

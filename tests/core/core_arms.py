@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moebench.arm import Arm, Bench
+from moebench.arm import Arm
+from moebench.bench import Bench
 from moebench.catalogue.spec import LayerSpec, RouterSpec
 from moebench.check import Verdict
 from moebench.point import Problem, Variant

@@ -9,7 +9,7 @@ import torch
 from core_arms import arm_of, bench_of, layer_of, router, shared, verdict_of
 
 import moebench_kernels
-from moebench.arm import TWIN_TOKENS, twin
+from moebench.bench import TWIN_TOKENS, twin
 from moebench.catalogue.routers import needed_picks
 from moebench.point import STAGES
 from moebench.providers.load import Unavailable, load

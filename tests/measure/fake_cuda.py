@@ -21,6 +21,7 @@ class FakeCuda:
         self.mode = "default"
         self.current = SimpleNamespace(name="default", wait_stream=lambda other: None)
         self.log = []
+        self.ran = []  # (name, start, end)
         self.empty_captures = False
 
     def kernel(self, ms):
@@ -29,7 +30,7 @@ class FakeCuda:
             if not self.empty_captures:
                 self.captured.append(ms)
         else:
-            self.device = max(self.device, self.host) + ms
+            self._run("kernel", ms)
 
     def item(self):
         """What `.item()` does: wait for the device."""
@@ -46,7 +47,12 @@ class FakeCuda:
         return round(self.host * 1e6)
 
     def _sleep(self, cycles):
-        self.device = max(self.device, self.host) + cycles / CYCLES_PER_MS
+        self._run("at::cuda::spin_kernel(long)", cycles / CYCLES_PER_MS)
+
+    def _run(self, name, ms):
+        begin = max(self.device, self.host)
+        self.device = begin + ms
+        self.ran.append((name, begin, self.device))
 
     def Event(self, enable_timing):  # noqa: N802
         return FakeEvent(self)
@@ -93,6 +99,34 @@ class FakeCuda:
 
     def empty_cache(self):
         self.log.append("empty_cache")
+
+
+class FakeProfile:
+    """Stands in for `torch.profiler.profile`: what ran on the fake GPU meanwhile, in no order."""
+
+    def __init__(self, cuda, sees=lambda name: True):
+        self.cuda, self.sees = cuda, sees
+
+    def __call__(self, activities):
+        return self
+
+    def __enter__(self):
+        self.first = len(self.cuda.ran)
+        return self
+
+    def __exit__(self, *_):
+        self.seen = self.cuda.ran[self.first :]
+
+    def events(self):
+        made = [event(name, begin, end) for name, begin, end in reversed(self.seen) if self.sees(name)]
+        return [*made, event("cudaLaunchKernel", 0.0, 1.0, device="CPU")]
+
+
+def event(name, begin_ms, end_ms, device="CUDA", named=False):
+    """One of the profiler's, which counts in microseconds."""
+    span = SimpleNamespace(start=begin_ms * 1e3, end=end_ms * 1e3)
+    kind = SimpleNamespace(name=device)
+    return SimpleNamespace(name=name, device_type=kind, time_range=span, is_user_annotation=named)
 
 
 class FakeEvent:

@@ -5,8 +5,9 @@ from statistics import median
 import pytest
 import torch
 
-from moebench.measure import cuda, latency
-from tests.measure.fake_cuda import HOST_LAUNCH_MS, FakeCuda
+from moebench.measure import cuda, latency, profiler
+from moebench.measure.profiler import Ran, device_work, per_call_ms
+from tests.measure.fake_cuda import HOST_LAUNCH_MS, FakeCuda, FakeProfile, event
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
@@ -16,7 +17,29 @@ def gpu(monkeypatch):
     fake = FakeCuda()
     monkeypatch.setattr(cuda.torch, "cuda", fake)
     monkeypatch.setattr(cuda.time, "perf_counter_ns", fake.perf_counter_ns)
+    monkeypatch.setattr(profiler, "profile", FakeProfile(fake))
     return fake
+
+
+@pytest.fixture
+def blind(gpu, monkeypatch):
+    """A GPU whose profiler sees nothing, as without the permission to read its counters."""
+    monkeypatch.setattr(profiler, "profile", FakeProfile(gpu, sees=lambda name: False))
+    return gpu
+
+
+def waits(gpu, ran=None):
+    """Two kernels of 1 ms, and between them the host reads what the first one has made, and thinks for 3 ms."""
+
+    def call(index):
+        if ran is not None:
+            ran.append(gpu.current.name)
+        gpu.kernel(1)
+        gpu.item()
+        gpu.host += 3
+        gpu.kernel(1)
+
+    return call
 
 
 def layer(gpu, ran=None, kernels=5):
@@ -61,19 +84,97 @@ def test_replays_do_not_run_the_call(gpu):
 
 def test_a_call_that_waits_for_the_device_is_found_before_any_capture(gpu):
     ran = []
-
-    def call(index):
-        ran.append(gpu.current.name)
-        gpu.kernel(1)
-        gpu.item()
-        gpu.kernel(1)
-
-    timer = cuda.make_timer(call, 2)
-    assert timer.name == "cuda_events"
+    timer = cuda.make_timer(waits(gpu, ran), 2)
+    assert timer.name == "cuda_profiler"
     assert timer.why == "no CUDA graph: called a synchronizing CUDA operation"
     assert "capture" not in ran
     assert gpu.mode == "default", "torch's sync debug mode was not put back"
     assert gpu.current.name == "default"
+
+
+def test_the_profiler_timer_gives_the_kernels_time_without_the_gaps_and_the_wall_time_with_them(gpu):
+    call = waits(gpu)
+    samples = cuda.make_timer(call, 2).burst(call, count=3, start=1)
+    assert samples.device_ms == pytest.approx([2, 2, 2])
+    assert all(wall > 5 for wall in samples.wall_ms)
+    by_events = cuda.CudaEventTimer(2, "test").burst(call, count=1, start=0).device_ms
+    assert by_events[0] > 5, "events enclose the gap"
+
+
+def test_the_profiler_timer_rotates_the_draws(gpu):
+    call = layer(gpu)
+    timer = latency.make_timer("cuda", call, 3, "cuda_profiler")
+    assert (timer.name, timer.why) == ("cuda_profiler", "the suite asks for it")
+    assert timer.burst(call, count=5, start=2).device_ms == pytest.approx([3, 1, 2, 3, 1])
+
+
+def test_where_the_profiler_sees_no_kernel_events_enclose_the_call_and_both_reasons_are_given(blind):
+    timer = cuda.make_timer(waits(blind), 2)
+    assert timer.name == "cuda_events"
+    assert timer.why == (
+        "no CUDA graph: called a synchronizing CUDA operation; no kernel times from the profiler: it saw 0 of 1 calls"
+    )
+
+
+def test_a_call_that_runs_nothing_has_no_kernel_times(gpu):
+    timer = latency.make_timer("cuda", lambda index: None, 2, "cuda_profiler")
+    assert (timer.name, timer.why) == ("cuda_events", "no kernel times from the profiler: it saw no kernel in the call")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name", "why"),
+    [
+        ("auto", "cuda_graph", ""),
+        ("cuda_graph", "cuda_graph", ""),
+        ("cuda_profiler", "cuda_profiler", "the suite asks for it"),
+        ("cuda_events", "cuda_events", "the suite asks for it"),
+    ],
+)
+def test_the_timer_that_is_asked_for(gpu, wanted, name, why):
+    timer = latency.make_timer("cuda", layer(gpu), 2, wanted)
+    assert (timer.name, timer.why) == (name, why)
+
+
+def test_a_graph_that_is_asked_for_and_cannot_be_had_says_so(gpu):
+    timer = latency.make_timer("cuda", waits(gpu), 2, "cuda_graph")
+    assert (timer.name, timer.why) == ("cuda_profiler", "no CUDA graph: called a synchronizing CUDA operation")
+
+
+# What the profiler saw, as milliseconds of each call
+
+
+MARK = "at::cuda::(anonymous namespace)::spin_kernel(long)"
+
+
+def test_what_lies_between_two_marks_belongs_to_the_first():
+    ran = [Ran(MARK, 0, 1), Ran("a", 5, 100), Ran("b", 200, 50), Ran(MARK, 300, 1), Ran("a", 310, 120)]
+    assert per_call_ms(ran, 2) == pytest.approx([0.150, 0.120])
+    assert per_call_ms(ran[::-1], 2) == pytest.approx([0.150, 0.120])
+
+
+def test_kernels_at_the_same_time_count_one_by_one_and_gaps_do_not_count():
+    ran = [Ran(MARK, 0, 1), Ran("a", 10, 100), Ran("b", 20, 100), Ran("c", 9000, 10)]
+    assert per_call_ms(ran, 1) == pytest.approx([0.210])
+
+
+def test_what_was_running_before_the_first_mark_is_nobodys_and_a_call_may_run_nothing():
+    assert per_call_ms([Ran("late", 0, 500), Ran(MARK, 600, 1), Ran(MARK, 700, 1), Ran("a", 800, 7)], 2) == [0.0, 0.007]
+
+
+@pytest.mark.parametrize("marks", [0, 1, 3])
+def test_lost_marks_are_an_error_and_no_number(marks):
+    with pytest.raises(RuntimeError, match=f"it saw {marks} of 2 calls"):
+        per_call_ms([Ran(MARK, 10.0 * k, 1) for k in range(marks)], 2)
+
+
+def test_only_work_on_the_device_counts():
+    seen = [
+        event("kernel", 1.0, 1.5),
+        event("Memcpy DtoD", 2.0, 2.25),
+        event("cudaLaunchKernel", 0.0, 1.0, device="CPU"),
+        event("a library's own range", 0.0, 9.0, named=True),
+    ]
+    assert device_work(seen) == [Ran("kernel", 1000.0, 500.0), Ran("Memcpy DtoD", 2000.0, 250.0)]
 
 
 def test_a_failed_capture_falls_back_says_why_in_one_line_and_leaves_the_stream_as_it_was(gpu):
@@ -83,7 +184,7 @@ def test_a_failed_capture_falls_back_says_why_in_one_line_and_leaves_the_stream_
             gpu.synchronize()
 
     timer = cuda.make_timer(call, 2)
-    assert timer.name == "cuda_events"
+    assert timer.name == "cuda_profiler"
     assert timer.why == "no CUDA graph: operation not permitted when stream is capturing"
     assert gpu.current.name == "default"
     assert gpu.log == ["empty_cache"]
@@ -92,7 +193,7 @@ def test_a_failed_capture_falls_back_says_why_in_one_line_and_leaves_the_stream_
 def test_an_empty_graph_is_not_timed(gpu):
     gpu.empty_captures = True
     timer = cuda.make_timer(layer(gpu), 2)
-    assert timer.name == "cuda_events"
+    assert timer.name == "cuda_profiler"
     assert "empty" in timer.why
 
 
@@ -132,7 +233,9 @@ def test_real_graph_and_event_timers_agree_on_a_large_gemm():
     assert graph.name == "cuda_graph", graph.why
     by_graph = median(graph.burst(call, 20, 0).device_ms)
     by_events = median(cuda.CudaEventTimer(2, "test").burst(call, 20, 0).device_ms)
+    by_profiler = median(profiler.make_timer(call, 2, "test").burst(call, 20, 0).device_ms)
     assert by_graph == pytest.approx(by_events, rel=0.1)
+    assert by_graph == pytest.approx(by_profiler, rel=0.1)
 
 
 @pytest.mark.gpu
@@ -148,7 +251,7 @@ def test_a_real_call_that_cannot_be_captured_falls_back_and_the_next_one_is_capt
         return x.sum()
 
     timer = latency.make_timer("cuda", waits, 2)
-    assert timer.name == "cuda_events"
+    assert timer.name in ("cuda_profiler", "cuda_events")  # the profiler needs permission to read counters
     assert timer.why
     assert len(timer.burst(waits, 5, 0).device_ms) == 5
     assert latency.make_timer("cuda", lambda index: x.add_(1), 2).name == "cuda_graph"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moebench.measure import device
-from moebench.measure.device import StateProbe, device_name, llc_bytes, machine_facts, state_flags, versions
+from moebench.measure.device import StateProbe, contended, device_name, llc_bytes, machine_facts, throttled, versions
 
 HZ = os.sysconf("SC_CLK_TCK")
 
@@ -92,7 +92,7 @@ def test_our_own_work_is_no_contention(proc):
     state = watch.end()
     assert state["other_cores"] == pytest.approx(0.0, abs=0.01)
     assert state["steal_share"] == 0.0
-    assert state_flags(state) == []
+    assert contended(state) == []
 
 
 def test_others_on_idle_cores_do_not_contend_and_on_ours_they_do(proc):
@@ -101,10 +101,10 @@ def test_others_on_idle_cores_do_not_contend_and_on_ours_they_do(proc):
     proc.add(**work)
     state = beside.end()
     assert state["other_cores"] == pytest.approx(1.0)
-    assert state_flags(state) == []
+    assert contended(state) == []
     against = probe(proc, threads=4)
     proc.add(**work)
-    assert state_flags(against.end()) == ["contended"]
+    assert contended(against.end()) == ["contended"]
 
 
 @pytest.mark.parametrize(("steal", "flags"), [(0.4, []), (1.2, ["contended"])])
@@ -113,7 +113,7 @@ def test_more_than_2_percent_stolen_is_contended(proc, steal, flags):
     proc.add(own=39.0, user=39.0, steal=steal, idle=1.0 - steal / 2)
     state = watch.end()
     assert state["steal_share"] == pytest.approx(steal / 40, rel=0.05)
-    assert state_flags(state) == flags
+    assert contended(state) == flags
 
 
 def test_the_frequency_is_the_lowest_seen(proc):
@@ -136,7 +136,7 @@ def test_a_system_without_proc_gives_nulls_and_no_flags(tmp_path):
     watch.begin()
     state = watch.end()
     assert state["steal_share"] is state["other_cores"] is state["cpu_mhz"] is None
-    assert state_flags(state) == []
+    assert contended(state) == []
 
 
 def test_a_real_probe_reads_this_machine():
@@ -196,8 +196,32 @@ def test_a_gpus_worst_readings_and_every_throttle_reason_are_kept(nvml):
     state = watch.end()
     assert (state["sm_mhz"], state["temperature_c"], state["power_w"]) == (1200, 83, 690.0)
     assert state["throttle_reasons"] == ["sw_power_cap", "sw_thermal"]
-    throttled = [flag for flag in state_flags(state) if flag != "contended"]
-    assert throttled == ["throttled:sw_power_cap", "throttled:sw_thermal"]
+    assert throttled(state) == ["throttled:sw_power_cap", "throttled:sw_thermal"]
+
+
+def test_an_arms_state_is_what_was_read_after_its_own_bursts(nvml):
+    watch = StateProbe("cuda")
+    nvml.mhz, nvml.bits = 300, 0x8
+    watch.begin()  # nobody's
+    for arm, mhz, degrees, bits in ((0, 1800, 50, 0x1), (3, 1500, 60, 0x4), (0, 1750, 55, 0x0), (3, 1600, 64, 0x1)):
+        nvml.mhz, nvml.degrees, nvml.bits = mhz, degrees, bits
+        watch.sample(arm)
+    watch.end()
+    arms = watch.arm_states()
+    assert {arm: (own["sm_mhz"], own["memory_mhz"], own["temperature_c"]) for arm, own in arms.items()} == {
+        0: (1750, 1750, 55), 3: (1500, 1500, 64)
+    }  # fmt: skip
+    assert [throttled(own) for own in arms.values()] == [[], ["throttled:sw_power_cap"]]
+
+
+def test_without_a_gpu_to_read_no_arm_has_a_state_of_its_own(nvml, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    for kind in ("cpu", "cuda"):
+        watch = StateProbe(kind)
+        watch.begin()
+        watch.sample(0)
+        watch.end()
+        assert watch.arm_states() == {}
 
 
 def test_an_idle_gpu_or_one_at_user_set_clocks_is_not_throttled(nvml):

@@ -89,9 +89,9 @@ def test_warm_stops_once_the_median_settles(clock):
         ran.append(index)
         clock.pass_ms(next(costs))
 
-    first, estimate = warm(call, 4, max_seconds=60)
-    assert (first, estimate) == (500, 10)
-    assert 9 <= len(ran) < 20, "settling takes two windows of four calls, and no hundred"
+    warmth = warm(call, 4, max_seconds=60)
+    assert (warmth.first_call_ms, warmth.estimate_ms, warmth.settled) == (500, 10, True)
+    assert 9 <= len(ran) == warmth.calls < 20, "settling takes two windows of four calls, and no hundred"
     assert ran[:5] == [0, 1, 2, 3, 0]
 
 
@@ -111,7 +111,7 @@ def test_warm_runs_at_least_min_calls(clock):
 
     def call(index):
         ran.append(index)
-        clock.pass_ms(1)
+        clock.pass_ms(10)
 
     warm(call, 2, min_calls=30, max_seconds=60)
     assert len(ran) == 30
@@ -126,14 +126,44 @@ def test_a_warm_up_that_never_settles_ends_at_its_time_limit(clock, growth, call
         ran.append(index)
         clock.pass_ms(costs[len(ran) - 1])
 
-    first, estimate = warm(call, 4, min_calls=20, max_seconds=4)
-    assert len(ran) == calls
-    assert first == 100
-    assert estimate > first
+    warmth = warm(call, 4, min_calls=20, max_seconds=4)
+    assert len(ran) == warmth.calls == calls
+    assert warmth.first_call_ms == 100
+    assert warmth.estimate_ms > 100
+    assert not warmth.settled
+
+
+def test_warm_sees_a_drift_that_a_few_calls_do_not_show(clock):
+    """0.3 % of the first call each: 1.2 % from one window of four to the next, and yet it ends at half."""
+    ran = []
+
+    def call(index):
+        ran.append(index)
+        clock.pass_ms(0.4 * max(0.5, 1 - 0.003 * len(ran)))
+
+    warmth = warm(call, 4, max_seconds=60)
+    assert warmth.settled
+    assert warmth.estimate_ms == pytest.approx(0.2)
+    assert len(ran) > 166, "it falls until call 166"
+
+
+def test_calls_of_microseconds_are_warmed_for_a_while(clock):
+    ran = []
+
+    def call(index):
+        ran.append(index)
+        clock.pass_ms(0.1)
+
+    warm(call, 4, max_seconds=60)
+    assert 50 <= 0.1 * len(ran) < 60
+
+
+def test_two_draws_of_unequal_cost_settle_too(clock):
+    assert warm(lambda index: clock.pass_ms(10 + 10 * index), 2, max_seconds=60).calls < 20
 
 
 def test_one_call_beyond_the_limit_is_its_own_estimate(clock):
-    assert warm(lambda index: clock.pass_ms(9000), 4, max_seconds=5) == (9000, 9000)
+    assert warm(lambda index: clock.pass_ms(9000), 4, max_seconds=5) == (9000, 9000, False, 1)
 
 
 def test_run_for_fills_the_time_and_counts_every_call(clock):

@@ -45,7 +45,7 @@ def test_the_straw_answers_as_the_worker_does(worker, ask):
         ("provider", {"name": "none.py:f"}),
         ("ceilings", {"precisions": ["fp32"], "seconds": 0.02}),
         ("open", OPENED), ("arm", arm), ("yardstick", yardstick), ("check", {"index": 0}), ("check", {"index": 1}),
-        ("warm", {"index": 0, "max_seconds": 0.05}), ("memory", {"index": 0}), ("state_begin", {}),
+        ("warm", {"index": 0, "max_seconds": 0.05, "timer": "auto", "cache": "cold"}), ("memory", {"index": 0}), ("state_begin", {}),
         ("burst", {"index": 0, "count": 3, "start": 0}), ("state_end", {}), ("drop", {"index": 0}),
     ]  # fmt: skip
     shapes = {"hello": (worker.hello, straw.hello("cpu"))}
@@ -59,7 +59,7 @@ def test_the_straw_answers_as_the_worker_does(worker, ask):
 
 def test_energy_without_a_meter_says_so(ask):
     ask("arm", index=0, variant=plain(Variant("torch-loop")))
-    ask("warm", index=0, max_seconds=0.02)
+    ask("warm", index=0, max_seconds=0.02, timer="auto", cache="cold")
     found = ask("energy", index=0, window_s=0.05, trials=1, cool_down_s=0.0)
     assert "source" in found
     assert "reason" in found if found["source"] == "none" else "gross_j_per_call" in found

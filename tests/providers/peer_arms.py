@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from moebench.arm import Arm, Bench
+from moebench.arm import Arm
+from moebench.bench import Bench
 from moebench.catalogue.spec import LayerSpec
 from moebench.check import Verdict
 from moebench.point import Capacity, Problem, Variant
