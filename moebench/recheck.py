@@ -8,6 +8,7 @@ returned, an answer that is right for the first calls only. So after the race:
 2. on inputs that have not changed, a second answer must be computed again (the first one has been
    overwritten with NaN by then), and must not change after it has been returned;
 3. on new values in the same buffers, through whatever was timed (a graph's replay, too), the whole check again;
+   and on the copies of the weights that the timed calls took turns over, the same answer;
 4. calls on values that have just been written must not take far longer than the timed ones, whose values stood still.
 
 The first three make a row `inaccurate`; the last one is a flag. The list of tricks is KernelBench's (its EVAL.md).
@@ -46,7 +47,7 @@ def recheck(arm: Arm, timer: Timer, latency_ms: float, device_kind: str) -> Find
     Args:
         latency_ms: the median of its samples.
     """
-    for ask in (_unchanged, _computed_again, _right_through_the_timer, _right_again):
+    for ask in (_unchanged, _computed_again, _right_through_the_timer, _right_on_copies, _right_again):
         wrong = ask(arm, timer, latency_ms, device_kind)
         if wrong is not None:
             return Finding(wrong, [])
@@ -101,6 +102,16 @@ def _right_through_the_timer(arm: Arm, timer: Timer, latency_ms: float, device_k
         called = tensors_in(arm.call(0))
         right = all(map(_close, replayed, called))
     return None if right else "the replay of its CUDA graph does not follow new values in its inputs"
+
+
+def _right_on_copies(arm: Arm, timer: Timer, latency_ms: float, device_kind: str) -> str | None:
+    """Only the weights themselves have been checked, and the timed calls took turns over copies of them."""
+    wanted = [value.detach().clone() for value in tensors_in(arm.run(0))]
+    for copy in range(1, len(arm.states)):
+        found = tensors_in(arm.run(0, copy))
+        if len(found) != len(wanted) or not all(map(_close, wanted, found)):
+            return "on a copy of the weights its answer is another"
+    return None
 
 
 def _right_again(arm: Arm, timer: Timer, latency_ms: float, device_kind: str) -> str | None:

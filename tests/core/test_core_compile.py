@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from core_arms import arm_of, bench_of, layer_of, verdict_of
 
 from moebench.point import Capacity
 from moebench.providers.case import Case
 from moebench.providers.torch_compiled import PROVIDER, traces_grouped
+from moebench.rotation import rotate
 
 
 def case(precision: str, hidden: int = 32) -> Case:
@@ -53,3 +55,15 @@ def test_one_token_and_other_loads() -> None:
     eager = arm_of("torch-bmm", bench_of(layer_of(), tokens=37, traffic="zipf:1"))
     for index in range(4):
         assert (arm.call(index) - eager.call(index)).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_copies_of_the_weights_are_not_compiled_for_again() -> None:
+    arm = arm_of("torch-compile", bench_of(layer_of(), precision="bf16"), precision="bf16")
+    for draw in range(4):
+        arm.call(draw)
+    rotate(arm, 1e5, 1e12)
+    assert len(arm.states) > 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for index in range(arm.rotation):
+            arm.call(index)
