@@ -119,10 +119,10 @@ def read_router(value: object) -> Value:
         if not Path(value.rpartition(":")[0]).expanduser().is_file():
             raise ValueError(f"found {shown(value)}; there is no such file")
         return value
-    if value not in ROUTERS:
+    if not isinstance(value, str) or value not in ROUTERS:
         hint = nearest(value, ROUTERS) if isinstance(value, str) else ""
         raise ValueError(f"found {shown(value)}{hint} (allowed: {ALLOWED_ROUTERS})")
-    return str(value)
+    return value
 
 
 def read_traffic(value: object) -> Value:

@@ -6,9 +6,10 @@ record that is not `measured` carries no performance number: the type refuses it
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic_core.core_schema import ValidationInfo
 
 from moebench.point import SCHEMA_VERSION
 
@@ -51,6 +52,10 @@ ROUTING_COLUMNS = (
 )  # fmt: skip
 
 
+Rate = Annotated[float, Field(gt=0)]
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what a column can hold
+
+
 class Record(BaseModel):
     """One row of results.parquet; the fields are its columns, in order.
 
@@ -72,15 +77,15 @@ class Record(BaseModel):
     scope: str
     direction: str
     layout: str = "single"
-    n_devices: int = 1
+    n_devices: Whole = 1
     device: str
     precision: str
-    tokens: int
-    hidden_size: int
-    expert_ffn_size: int
-    routed_experts: int
-    top_k: int
-    shared_experts: int = 0
+    tokens: Whole
+    hidden_size: Whole
+    expert_ffn_size: Whole
+    routed_experts: Whole
+    top_k: Whole
+    shared_experts: Whole = 0
     capacity_factor: float | None = None  # null: dropless
     capacity_rounding: str = "ceil"
     drop_order: str = "position"
@@ -89,11 +94,11 @@ class Record(BaseModel):
     causal: bool | None = None  # whether later tokens can change no token's experts; null: a yardstick
     traffic: str
     phase: str = ""
-    seed: int = 0
+    seed: Whole = 0
     status: Status
     reason: str | None = None
     checked_on: str | None = None
-    threads: int | None = None  # torch's threads while it was measured
+    threads: Whole | None = None  # torch's threads while it was measured
     modes: str | None = None  # dtype modes (TF32, reduced-precision reductions) while it was measured
     timer: str | None = None
     timer_reason: str | None = None  # why no better timer was possible; null: this is the best
@@ -106,9 +111,9 @@ class Record(BaseModel):
     prepare_ms: float | None = None
     samples_ms: list[float] | None = None
     wall_samples_ms: list[float] | None = None  # null where the host's clock is the only one
-    sample_round: list[int] | None = None
-    outlier_samples: list[int] | None = None  # positions in samples_ms beyond Tukey's fences; none is removed
-    replicate: int = 0
+    sample_round: list[Whole] | None = None
+    outlier_samples: list[Whole] | None = None  # positions in samples_ms beyond Tukey's fences; none is removed
+    replicate: Whole = 0
     tokens_per_s: float | None = None
     tflops: float | None = None
     executed_flops: float | None = None
@@ -117,7 +122,7 @@ class Record(BaseModel):
     s_mbu: float | None = None
     limit_ms: float | None = None
     limit_fraction: float | None = None
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: Whole | None = None
     energy_source: str | None = None
     energy_reason: str | None = None  # why there is no number
     energy_j_per_token: float | None = None  # median of the trials
@@ -173,6 +178,36 @@ class Record(BaseModel):
 COLUMNS: tuple[str, ...] = tuple(Record.model_fields)
 
 
+class _Part(BaseModel):
+    """What the readers of a manifest take from an open-ended part of it."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class _Machine(_Part):
+    available_bytes: int | None = Field(default=None, ge=0)
+    cache_bytes: int | None = Field(default=None, ge=0)
+
+
+class _Ceilings(_Part):
+    gemm_tflops: dict[str, Rate | None] | None = None
+    copy_gbs: Rate | None = None
+    read_gbs: Rate | None = None
+
+
+class _Provider(_Part):
+    version: str | None = None
+    hash: str | None = None
+    unavailable: str | None = None
+
+
+PARTS: dict[str, TypeAdapter[Any]] = {
+    "machine": TypeAdapter(_Machine),
+    "ceilings": TypeAdapter(_Ceilings | None),
+    "providers": TypeAdapter(dict[str, _Provider]),
+}
+
+
 class Manifest(BaseModel):
     """Everything about where and how a run was made (manifest.json).
 
@@ -192,6 +227,7 @@ class Manifest(BaseModel):
         providers: provider -> {"version", "hash"} or {"unavailable": reason}.
         finished: "complete", "interrupted", or null while running (or killed).
         seconds: wall time by phase (`moebench.stopwatch`), of all sessions that ended.
+        expected_seconds: what `moebench.estimate` said of the whole suite, with these ceilings and nothing else.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -224,3 +260,15 @@ class Manifest(BaseModel):
     finished: Literal["complete", "interrupted"] | None = None
     sessions: int = 1  # 1 + number of resumes
     seconds: dict[str, float] = {}
+
+    @field_validator(*PARTS)
+    @classmethod
+    def _fits_its_readers(cls, value: Any, info: ValidationInfo) -> Any:
+        try:
+            PARTS[str(info.field_name)].validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        return value
+
+    expected_seconds: dict[str, float] = {}

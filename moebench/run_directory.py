@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from moebench.catalogue.hardware import checked_row
 from moebench.journal import Journal
 from moebench.point import SCHEMA_VERSION
 from moebench.record import Manifest
@@ -94,6 +95,10 @@ class RunDirectory:
         if manifest.schema_version != SCHEMA_VERSION:
             schemas = f"of schema {manifest.schema_version}, and this moebench goes on with {SCHEMA_VERSION}"
             raise RunDirectoryError(f"{self.path / MANIFEST} is {schemas}; start in another --out")
+        if manifest.machine.get("available_bytes") is None:  # which says how blocks were split
+            raise RunDirectoryError(f"{self.path / MANIFEST} lacks machine.available_bytes; start in another --out")
+        if manifest.hardware is not None:
+            checked_row(f"{self.path / MANIFEST}: hardware", manifest.hardware)
         return manifest
 
     @contextlib.contextmanager

@@ -77,7 +77,8 @@ class Hardware:
 COLUMNS = tuple(field.name for field in fields(Hardware))
 TEXT_COLUMNS = tuple(field.name for field in fields(Hardware) if field.type == "str")
 # Least allowed value of a number, and whether it may be reached.
-AT_LEAST = {"utilisation": (0.0, False), "life_years": (0.0, False), "pue": (1.0, True)}
+DIVISORS = ("utilisation", "life_years", "fp32_dense_tflops", "bf16_dense_tflops", "fp8_dense_tflops", "mem_bw_gbs")
+AT_LEAST = {**dict.fromkeys(DIVISORS, (0.0, False)), "pue": (1.0, True)}
 AT_MOST = {"utilisation": 1.0}
 
 # Device names as drivers report them -> rows. Exact, since "H100", "H100 PCIe" and "H100 NVL" are different devices.
@@ -143,7 +144,10 @@ def match(device_name: str, table: Mapping[str, Hardware]) -> Hardware | None:
 
 def _shipped() -> list[Hardware]:
     text = files("moebench.catalogue").joinpath("hardware.csv").read_text(encoding="utf-8")
-    return [_row("hardware.csv", number, row) for number, row in enumerate(csv.DictReader(text.splitlines()), 2)]
+    return [
+        checked_row(f"hardware.csv: row {number}", row)
+        for number, row in enumerate(csv.DictReader(text.splitlines()), 2)
+    ]
 
 
 def _read(path: Path) -> dict[str, Hardware]:
@@ -153,7 +157,7 @@ def _read(path: Path) -> dict[str, Hardware]:
     numbered = _csv_rows(path, text) if path.suffix.lower() == ".csv" else _toml_rows(path, text)
     table: dict[str, Hardware] = {}
     for number, values in numbered:
-        row = _row(str(path), number, values)
+        row = checked_row(f"{path}: row {number}", values)
         if row.name in table:
             raise ValueError(f"{path}: row {number}: name {row.name!r} appears twice")
         table[row.name] = row
@@ -185,8 +189,12 @@ def _toml_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, Any]]]:
     return list(enumerate(rows, 1))
 
 
-def _row(where: str, number: int, values: Mapping[str, Any]) -> Hardware:
-    place = f"{where}: row {number}"
+def checked_row(place: str, values: Mapping[str, Any]) -> Hardware:
+    """A row from its columns; blank ones are not known.
+
+    Raises:
+        ValueError: an unknown column or an impossible value; the line begins with `place`.
+    """
     for column in values:
         if column not in COLUMNS:
             raise ValueError(f"{place}: unknown column {column!r}{nearest(column, COLUMNS)}")
