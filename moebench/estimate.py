@@ -1,42 +1,52 @@
-"""How long a suite will take: a model simple enough to be read here. No torch.
+"""How long a suite will take, phase by phase: a model simple enough to be read here. No torch.
 
-    call    = max(W * extra / GEMM rate, bytes * extra / bandwidth) + overhead
-    arm     = check + warm-up (calls) + sampling (a budget's seconds, or its fewest samples where they take longer)
-    block   = oracle (float64, at most 256 tokens) + its arms + start-up
-    layer   = making its weights, once for the blocks that follow each other on it
+    call      = max(W * extra / GEMM rate, bytes * extra / bandwidth) + launches
+    checking  = the oracle (float64, at most 256 tokens), CHECK_CALLS and some readings of all weights, for each arm
+    warming   = WARM_CALLS, at most half of a point's budget
+    sampling  = until evidence is enough: typically SAMPLES, in at least MIN_ROUNDS bursts; at most a point's budget
+    building  = weights, once for the blocks that follow each other on a layer; draws of inputs and routing
 
-A run with ceilings (measured by an earlier run on this machine) is `calibrated`;
-without, NOMINAL stands in and the answer says `uncalibrated`.
+Yardsticks (copy, read, gemm) are arms of every block. A run with ceilings, measured by an earlier run on this
+machine, is `calibrated`; without, NOMINAL stands in and the answer says `uncalibrated`. Where earlier runs also tell
+how far this model was off in each phase (`moebench.earlier_runs`), its phases are multiplied by that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moebench.point import Block, Point, Variant
+from moebench.block_run import BURST_S, MAX_BURST, MIN_ROUNDS, yardstick_variants
+from moebench.point import YARDSTICKS, Block, Point, Problem, Variant
 from moebench.suite import DeviceKind, Suite
 from moebench.suite_file import Budget
-from moebench.work import BYTES_PER_WEIGHT, point_work
+from moebench.work import BYTES_PER_WEIGHT, expected_active, held_bytes, point_work, variant_work
 
 # Modest machines of their kind: two desktop cores; one data-centre GPU.
 NOMINAL: dict[str, dict[str, float]] = {
     "cpu": {"gflops": 80.0, "gbs": 15.0},
     "cuda": {"gflops": 200_000.0, "gbs": 1500.0},
 }
-WEIGHTS_PER_SECOND = {"cpu": 100e6, "cuda": 10e9}  # random numbers
-CALL_OVERHEAD = {"cpu": 2e-4, "cuda": 5e-5}
-START_SECONDS = {"cpu": 4.0, "cuda": 15.0}  # the worker's imports, the context and the probes of the ceilings
-BLOCK_SECONDS = 0.5  # routing, yardsticks, the journal
+NORMALS_PER_SECOND = {"cpu": 100e6, "cuda": 10e9}
+CALL_OVERHEAD = {"cpu": 2e-4, "cuda": 5e-5}  # of a call, and of each expert in a loop over them
+START_SECONDS = {"cpu": 2.5, "cuda": 12.0}  # imports of parent and worker, the context
+POINT_SECONDS = {"harness": 1e-3, "journal": 3e-4, "table": 1e-4}
+MEMORY_SECONDS = {"cpu": 0.04, "cuda": 0.02}  # collecting garbage and giving back free heap, before a pass is watched
+YARDSTICK_BYTES = {"cpu": 96e6, "cuda": 256e6}  # that one pass of copy or read moves
 COMPILE_SECONDS = {"torch-compile": 15.0}
 INTERPRETER_SECONDS = 5.0  # Triton's interpreter on the reduced twin, in place of timing
+PROBES = 2  # of the ceilings, beside one for each precision
 ORACLE_TOKENS = 256
-CHECK_CALLS = 2
-WARM_CALLS = 3
-SLOW_CALL = 0.5  # above it five samples are enough
-ENERGY_SECONDS = 25.0  # three windows of five seconds and their cool-down
+CHECK_CALLS, CHECK_READINGS = 14, 4  # before the race and after it; readings of all weights for what may have changed
+YARDSTICK_CHECK_CALLS = 4
+WARM_CALLS = 9  # two windows of the median, and the first call
+SAMPLES = 24  # that a median on a shared machine takes to be known
+SLOW_CALL, SLOW_SAMPLES = 0.5, 6  # a slower call needs fewer
+ENERGY_SECONDS = 40.0  # idle window, then three windows of five seconds, a cool-down before each
 MAX_ARMS = 40  # evaluated of one block; more are sampled evenly
+
+Phases = dict[str, float]  # phase (`moebench.stopwatch`) -> seconds
 
 
 @dataclass(frozen=True)
@@ -48,12 +58,14 @@ class Estimate:
         basis: "calibrated" (ceilings of this machine) or "uncalibrated" (nominal figures).
         blocks: how many there are.
         sampled: on how many of them the estimate rests.
+        phases: phase -> seconds, before a run's limit of seconds cuts them.
     """
 
     seconds: float
     basis: str
     blocks: int
     sampled: int
+    phases: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -65,35 +77,47 @@ class Rates:
     bandwidth: float
 
 
-def estimate_seconds(suite: Suite, device_kind: DeviceKind, ceilings: Mapping[str, Any] | None = None) -> Estimate:
+def estimate_seconds(
+    suite: Suite,
+    device_kind: DeviceKind,
+    ceilings: Mapping[str, Any] | None = None,
+    factors: Mapping[str, float] | None = None,
+) -> Estimate:
     """Estimate a suite, from all its blocks or an even sample of them.
 
     Args:
         ceilings: {"gemm_tflops": {precision: x}, "copy_gbs": x, "read_gbs": x} as a manifest carries them.
+        factors: phase -> what earlier runs took over what was expected of them.
     """
     rates, basis = _rates(device_kind, ceilings)
     sample, blocks = suite.sample(device_kind), suite.count(device_kind).blocks
     if not blocks:
-        return Estimate(0.0, basis, 0, 0)
-    each = sum(_block_seconds(block, suite, rates) for block in sample) / len(sample)
+        return Estimate(0.0, basis, 0, 0, {})
+    found = _sum(_block_phases(block, suite, rates) for block in sample)
     # A sample of 1 in n sees neighbours of a layer rarely: where it skips, layers are counted as often as blocks.
-    weights = sum(_weights_seconds(block, rates) for block in _first_of_layers(sample)) / len(sample)
-    replicates = suite.replicates
-    seconds = replicates * (START_SECONDS[device_kind] + blocks * (each + weights))
-    total = suite.budget.seconds_total
-    return Estimate(seconds if total is None else min(seconds, total), basis, blocks, len(sample))
+    layers = _sum(_layer_phases(block, rates) for block in _first_of_layers(sample))
+    each = _times(_sum([found, layers]), suite.replicates * blocks / len(sample))
+    phases = _sum([each, _once_phases(suite, sample, device_kind)])
+    phases = {name: seconds * (factors or {}).get(name, 1.0) for name, seconds in phases.items()}
+    seconds, total = sum(phases.values()), suite.budget.seconds_total
+    return Estimate(seconds if total is None else min(seconds, total), basis, blocks, len(sample), phases)
 
 
 def call_seconds(point: Point, rates: Rates) -> float:
     """One call of one arm."""
-    work = point_work(point.problem, point.variant)
-    layer, provider = point.problem.layer, point.variant.provider
-    # All experts on all tokens: E/K times the FLOPs of the chosen ones.
-    extra = layer.routed_experts / layer.top_k if provider == "torch-dense" else 1.0
-    compute = work.flops * extra / rates.flops[point.variant.precision]
-    memory = work.compulsory_bytes * (1.0 if provider != "torch-dense" else max(1.0, _idle(point))) / rates.bandwidth
-    per_expert = layer.routed_experts if provider == "torch-loop" else 1
-    return max(compute, memory) + CALL_OVERHEAD[rates.kind] * per_expert
+    variant, layer = point.variant, point.problem.layer
+    if variant.provider in ("copy", "read"):
+        return YARDSTICK_BYTES[rates.kind] / rates.bandwidth
+    if variant.provider == "gemm":
+        return point_work(point.problem, variant).flops / rates.flops[variant.precision]
+    work = variant_work(point.problem, variant)
+    dense = variant.provider == "torch-dense"
+    # All experts on all tokens: E/K times the FLOPs of the chosen ones, and all weights for the active ones.
+    compute = work.flops * (layer.routed_experts / layer.top_k if dense else 1.0) / rates.flops[variant.precision]
+    memory = work.compulsory_bytes * (max(1.0, _idle(point)) if dense else 1.0) / rates.bandwidth
+    launches = expected_active(layer, point.problem.tokens) if variant.provider == "torch-loop" else 1.0
+    backward = 3.0 if point.problem.direction == "forward_backward" else 1.0
+    return max(compute, memory) + CALL_OVERHEAD[rates.kind] * launches * backward
 
 
 def _idle(point: Point) -> float:
@@ -114,36 +138,79 @@ def _rates(kind: DeviceKind, ceilings: Mapping[str, Any] | None) -> tuple[Rates,
     return Rates(kind, flops, (bandwidth or nominal["gbs"]) * 1e9), "calibrated" if known else "uncalibrated"
 
 
-def _block_seconds(block: Block, suite: Suite, rates: Rates) -> float:
-    step = -(-len(block.variants) // MAX_ARMS)
-    arms = block.variants[::step]
-    each = sum(_arm_seconds(Point(block.problem, arm), suite, rates) for arm in arms) / len(arms)
-    return BLOCK_SECONDS + _oracle_seconds(block, rates) + each * len(block.variants)
+def _once_phases(suite: Suite, sample: list[Block], kind: DeviceKind) -> Phases:
+    """What comes once a run or once a replicate, whatever the blocks are."""
+    precisions = {variant.precision for block in sample for variant in block.variants}
+    probe = min(2.0, suite.budget.seconds_per_point)
+    return {"starting": START_SECONDS[kind] * suite.replicates, "ceilings": probe * (PROBES + len(precisions))}
 
 
-def _arm_seconds(point: Point, suite: Suite, rates: Rates) -> float:
-    if rates.kind == "cpu" and point.variant.provider == "triton":
-        return INTERPRETER_SECONDS
+def _block_phases(block: Block, suite: Suite, rates: Rates) -> Phases:
+    problem, number = block.problem, len(block.variants)
+    some = block.variants[:: -(-number // MAX_ARMS)]
+    arms = _sum(_arm_phases(Point(problem, variant), suite, rates) for variant in some)
+    timed = any(_timed(variant, rates.kind) for variant in some)
+    beside = yardstick_variants(block) if timed else []
+    yardsticks = _sum(_arm_phases(Point(problem, variant), suite, rates) for variant in beside)
+    shared = {"building": _draws_seconds(problem), "checking": _oracle_seconds(block, rates)}
+    return _sum([_times(arms, number / len(some)), yardsticks, shared, _times(POINT_SECONDS, number)])
+
+
+def _sum(parts: Iterable[Phases]) -> Phases:
+    found: Phases = {}
+    for part in parts:
+        for name, seconds in part.items():
+            found[name] = found.get(name, 0.0) + seconds
+    return found
+
+
+def _times(phases: Phases, factor: float) -> Phases:
+    return {name: seconds * factor for name, seconds in phases.items()}
+
+
+def _timed(variant: Variant, kind: DeviceKind) -> bool:
+    return not (kind == "cpu" and variant.provider == "triton")
+
+
+def _arm_phases(point: Point, suite: Suite, rates: Rates) -> Phases:
+    variant, budget = point.variant, suite.budget
+    if not _timed(variant, rates.kind):
+        return {"checking": INTERPRETER_SECONDS}
     call = call_seconds(point, rates)
-    fixed = COMPILE_SECONDS.get(point.variant.provider, 0.0) + (ENERGY_SECONDS if suite.energy else 0.0)
-    return fixed + call * (CHECK_CALLS + WARM_CALLS) + _sampling_seconds(call, suite.budget)
+    warming = call + min(call * (WARM_CALLS - 1), budget.seconds_per_point / 2)
+    found = {"warming": warming, "sampling": _sampling_seconds(call, budget)}
+    if variant.provider in YARDSTICKS:
+        found["checking"] = YARDSTICK_CHECK_CALLS * call
+        return found
+    readings = held_bytes(point.problem.layer, variant.precision) / rates.bandwidth
+    found["checking"] = CHECK_CALLS * call + CHECK_READINGS * readings + COMPILE_SECONDS.get(variant.provider, 0.0)
+    found["memory"] = call + MEMORY_SECONDS[rates.kind]
+    found["energy"] = ENERGY_SECONDS if suite.energy else 0.0
+    return found
 
 
 def _sampling_seconds(call: float, budget: Budget) -> float:
-    """Evidence may be enough sooner: this is the budget, or the fewest samples where they take longer."""
-    fewest = min(budget.min_samples, 5) if call > SLOW_CALL else budget.min_samples
-    return max(budget.seconds_per_point, fewest * call)
+    """Bursts until the evidence is typically enough: within the budget, but no fewer than the fewest samples."""
+    fewest = min(budget.min_samples, SLOW_SAMPLES) if call > SLOW_CALL else budget.min_samples
+    burst = max(1, min(MAX_BURST, int(BURST_S / call)))
+    rounds = max(MIN_ROUNDS, -(-max(SAMPLES if call <= SLOW_CALL else fewest, fewest) // burst))
+    return min(rounds * burst * call, max(budget.seconds_per_point, fewest * call))
 
 
 def _oracle_seconds(block: Block, rates: Rates) -> float:
     """Float64 at half the rate of fp32, on the sampled tokens, forward twice: as asked, and for fidelity."""
     share = min(1.0, ORACLE_TOKENS / block.problem.tokens)
     work = point_work(block.problem, Variant(provider="", precision="fp32"))
-    return 2 * 2 * share * work.flops / rates.flops["fp32"]
+    return 2 * (2 * share * work.flops / rates.flops["fp32"] + 3 * work.weight_bytes / rates.bandwidth)
 
 
-def _weights_seconds(block: Block, rates: Rates) -> float:
-    return block.problem.layer.total_params() / WEIGHTS_PER_SECOND[rates.kind]
+def _draws_seconds(problem: Problem) -> float:
+    """Five draws of hidden states and what flows back into them, on the host."""
+    return 10 * problem.tokens * problem.layer.hidden_size / NORMALS_PER_SECOND["cpu"]
+
+
+def _layer_phases(block: Block, rates: Rates) -> Phases:
+    return {"building": block.problem.layer.total_params() / NORMALS_PER_SECOND[rates.kind]}
 
 
 def _first_of_layers(blocks: list[Block]) -> Iterator[Block]:

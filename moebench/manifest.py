@@ -14,11 +14,12 @@ from moebench import __version__
 from moebench.axes import shown
 from moebench.catalogue.cost import cost_inputs
 from moebench.catalogue.hardware import Hardware, match
+from moebench.estimate import estimate_seconds
 from moebench.options import Options
 from moebench.point import digest
 from moebench.record import Manifest
 from moebench.remote import Reply
-from moebench.suite import Suite
+from moebench.suite import DeviceKind, Suite
 
 Providers = dict[str, dict[str, Any]]
 
@@ -44,7 +45,7 @@ def new_manifest(
         run_id=os.urandom(6).hex(),  # a clock that was set back must not make two runs one
         suite=suite.name,
         question=suite.question,
-        suite_hash=_suite_hash(suite, options),
+        suite_hash=suite_hash(suite, options),
         suite_text=suite.text,
         overrides=_overrides(suite),
         joined=list(suite.joined),
@@ -62,6 +63,7 @@ def new_manifest(
         cost=cost_inputs(hardware),
         providers=providers,
         points=suite.count(hello["device_kind"]).points,
+        expected_seconds=_expected(suite, hello["device_kind"], ceilings),
         started_at=now(),
     )
 
@@ -73,7 +75,7 @@ def require_same(before: Manifest, suite: Suite, options: Options, hello: Reply,
         ValueError: naming everything that changed.
     """
     changed = []
-    if before.suite_hash != _suite_hash(suite, options):
+    if before.suite_hash != suite_hash(suite, options):
         changed += _suite_changes(before, suite, options) or ["the suite"]
     if before.device != hello["device"]:
         changed.append(f"the device ({before.device} then, {hello['device']} now)")
@@ -85,12 +87,19 @@ def require_same(before: Manifest, suite: Suite, options: Options, hello: Reply,
         raise ValueError(f"{options.out} cannot be resumed, since this changed: {'; '.join(changed)}")
 
 
+def _expected(suite: Suite, device_kind: DeviceKind, ceilings: Reply | None) -> dict[str, float]:
+    """What the estimate says before anything is measured, uncorrected, so that later estimates can learn from it."""
+    phases = estimate_seconds(suite, device_kind, ceilings).phases
+    return {phase: round(seconds, 3) for phase, seconds in phases.items()}
+
+
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _suite_hash(suite: Suite, options: Options) -> str:
+def suite_hash(suite: Suite, options: Options) -> str:
+    """Changes when what is to be measured does: the suite, its overrides and files, the share of it."""
     return digest([suite.digest, list(options.shard), options.check_only])
 
 

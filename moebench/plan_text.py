@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from moebench.earlier_runs import known_from
 from moebench.estimate import estimate_seconds
+from moebench.manifest import suite_hash
+from moebench.options import Options
 from moebench.point import problem_name
 from moebench.suite import Suite
 
@@ -19,12 +21,13 @@ Kind = Literal["cpu", "cuda"]
 def plan_rows(suite: Suite, device: str, runs: Path) -> list[Row]:
     """One flat row: points, blocks, seconds, and what the estimate rests on.
 
-    `auto` is planned for the GPU where a driver is loaded. The estimate is calibrated
-    by the ceilings of the newest run on the same kind of device under `runs`.
+    `auto` is planned for the GPU where a driver is loaded. The estimate is calibrated by the ceilings of the newest
+    run on the same kind of device under `runs`, and corrected by what complete runs took there.
     """
     kind: Kind = "cuda" if device == "cuda" or (device == "auto" and _has_gpu()) else "cpu"
     size = suite.count(kind)
-    estimate = estimate_seconds(suite, kind, _known_ceilings(runs, kind))
+    known = known_from(runs, kind, suite_hash(suite, Options(runs)))
+    estimate = estimate_seconds(suite, kind, known.ceilings, known.factors)
     return [
         {
             "suite": suite.name,
@@ -34,6 +37,7 @@ def plan_rows(suite: Suite, device: str, runs: Path) -> list[Row]:
             "replicates": suite.replicates,
             "seconds": round(estimate.seconds, 1),
             "basis": estimate.basis,
+            "earlier_runs": known.runs,
             "sampled_blocks": estimate.sampled,
         }
     ]
@@ -47,13 +51,17 @@ def plan_text(suite: Suite, rows: list[Row]) -> str:
         f"{suite.name}: {suite.question}",
         f"{row['points']:,} points in {row['blocks']:,} blocks on {row['device_kind']}"
         + (f", {row['replicates']} replicates" if row["replicates"] > 1 else ""),
-        f"about {duration(row['seconds'])} ({row['basis']}{sampled})",
+        f"about {duration(row['seconds'])} ({row['basis']}{_corrected(row['earlier_runs'])}{sampled})",
     ]
     for block in islice(suite.blocks(row["device_kind"]), SHOWN_BLOCKS):
         providers = ", ".join(dict.fromkeys(variant.provider for variant in block.variants))
         lines.append(f"  {problem_name(block.problem)}: {providers}")
     rest = row["blocks"] - SHOWN_BLOCKS
     return "\n".join([*lines, f"  ... and {rest:,} more blocks"] if rest > 0 else lines)
+
+
+def _corrected(runs: int) -> str:
+    return f", corrected by {runs} earlier run{'s' if runs > 1 else ''}" if runs else ""
 
 
 def duration(seconds: float) -> str:
@@ -66,14 +74,3 @@ def duration(seconds: float) -> str:
 
 def _has_gpu() -> bool:
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
-
-
-def _known_ceilings(runs: Path, kind: Kind) -> dict[str, Any] | None:
-    for path in sorted(runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            manifest = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-        if manifest.get("device_kind") == kind and manifest.get("ceilings"):
-            return dict(manifest["ceilings"])
-    return None
