@@ -1,6 +1,6 @@
 """How long a suite will take, phase by phase: a model simple enough to be read here. No torch.
 
-    call      = max(W * extra / GEMM rate, bytes * extra / bandwidth) + launches
+    call      = max(W * extra / GEMM rate, bytes * extra / bandwidth) + launches, at a SHARE of either ceiling
     checking  = the oracle (float64, at most 256 tokens), CHECK_CALLS and some readings of all weights, for each arm
     warming   = WARM_CALLS, at most half of a point's budget
     sampling  = until evidence is enough: typically SAMPLES, in at least MIN_ROUNDS bursts; at most a point's budget
@@ -15,9 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from moebench.block_run import BURST_S, MAX_BURST, MIN_ROUNDS, yardstick_variants
+from moebench.block_run import BURST_S, MAX_BURST, MIN_ROUNDS
+from moebench.entry import yardstick_variants
+from moebench.measure.energy import find_meter
 from moebench.point import YARDSTICKS, Block, Point, Problem, Variant
 from moebench.suite import DeviceKind, Suite
 from moebench.suite_file import Budget
@@ -25,25 +28,29 @@ from moebench.work import BYTES_PER_WEIGHT, expected_active, held_bytes, point_w
 
 # Modest machines of their kind: two desktop cores; one data-centre GPU.
 NOMINAL: dict[str, dict[str, float]] = {
-    "cpu": {"gflops": 80.0, "gbs": 15.0},
-    "cuda": {"gflops": 200_000.0, "gbs": 1500.0},
+    "cpu": {"gflops": 150.0, "gbs": 30.0},
+    "cuda": {"gflops": 400_000.0, "gbs": 2500.0},
 }
-NORMALS_PER_SECOND = {"cpu": 100e6, "cuda": 10e9}
+COMPUTE_SHARE, MEMORY_SHARE = 0.6, {"cpu": 0.3, "cuda": 0.6}  # of large dense GEMMs and of one long copy
+NORMALS_PER_SECOND = {"cpu": 200e6, "cuda": 10e9}
 CALL_OVERHEAD = {"cpu": 2e-4, "cuda": 5e-5}  # of a call, and of each expert in a loop over them
 START_SECONDS = {"cpu": 2.5, "cuda": 12.0}  # imports of parent and worker, the context
 POINT_SECONDS = {"harness": 1e-3, "journal": 3e-4, "table": 1e-4}
 MEMORY_SECONDS = {"cpu": 0.04, "cuda": 0.02}  # collecting garbage and giving back free heap, before a pass is watched
 YARDSTICK_BYTES = {"cpu": 96e6, "cuda": 256e6}  # that one pass of copy or read moves
-COMPILE_SECONDS = {"torch-compile": 15.0}
-INTERPRETER_SECONDS = 5.0  # Triton's interpreter on the reduced twin, in place of timing
+COMPILE_SECONDS = {"torch-compile": 4.0}  # twice that where nothing is cached yet, half where all is
+# Triton's interpreter on the reduced twin, in place of timing: for a layer, and for each expert that is active there.
+INTERPRETER_SECONDS, INTERPRETER_EXPERT_SECONDS, TWIN_TOKENS = 0.3, 0.06, 16
 PROBES = 2  # of the ceilings, beside one for each precision
 ORACLE_TOKENS = 256
 CHECK_CALLS, CHECK_READINGS = 14, 4  # before the race and after it; readings of all weights for what may have changed
 YARDSTICK_CHECK_CALLS = 4
-WARM_CALLS = 9  # two windows of the median, and the first call
+WARM_CALLS, WARM_SECONDS = 10, 0.05  # two windows of the median and the first call; and no shorter than this
 SAMPLES = 24  # that a median on a shared machine takes to be known
 SLOW_CALL, SLOW_SAMPLES = 0.5, 6  # a slower call needs fewer
-ENERGY_SECONDS = 40.0  # idle window, then three windows of five seconds, a cool-down before each
+ENERGY_SECONDS = (
+    40.0  # where there is a counter: idle window, then three windows of five seconds, a cool-down before each
+)
 MAX_ARMS = 40  # evaluated of one block; more are sampled evenly
 
 Phases = dict[str, float]  # phase (`moebench.stopwatch`) -> seconds
@@ -113,8 +120,10 @@ def call_seconds(point: Point, rates: Rates) -> float:
     work = variant_work(point.problem, variant)
     dense = variant.provider == "torch-dense"
     # All experts on all tokens: E/K times the FLOPs of the chosen ones, and all weights for the active ones.
-    compute = work.flops * (layer.routed_experts / layer.top_k if dense else 1.0) / rates.flops[variant.precision]
-    memory = work.compulsory_bytes * (max(1.0, _idle(point)) if dense else 1.0) / rates.bandwidth
+    flops = work.flops * (layer.routed_experts / layer.top_k if dense else 1.0)
+    moved = work.compulsory_bytes * (max(1.0, _idle(point)) if dense else 1.0)
+    compute = flops / rates.flops[variant.precision] / COMPUTE_SHARE
+    memory = moved / rates.bandwidth / MEMORY_SHARE[rates.kind]
     launches = expected_active(layer, point.problem.tokens) if variant.provider == "torch-loop" else 1.0
     backward = 3.0 if point.problem.direction == "forward_backward" else 1.0
     return max(compute, memory) + CALL_OVERHEAD[rates.kind] * launches * backward
@@ -175,9 +184,10 @@ def _timed(variant: Variant, kind: DeviceKind) -> bool:
 def _arm_phases(point: Point, suite: Suite, rates: Rates) -> Phases:
     variant, budget = point.variant, suite.budget
     if not _timed(variant, rates.kind):
-        return {"checking": INTERPRETER_SECONDS}
+        active = expected_active(point.problem.layer, min(point.problem.tokens, TWIN_TOKENS))
+        return {"checking": INTERPRETER_SECONDS + INTERPRETER_EXPERT_SECONDS * active}
     call = call_seconds(point, rates)
-    warming = call + min(call * (WARM_CALLS - 1), budget.seconds_per_point / 2)
+    warming = max(call, min(max(WARM_SECONDS, call * WARM_CALLS), budget.seconds_per_point / 2))
     found = {"warming": warming, "sampling": _sampling_seconds(call, budget)}
     if variant.provider in YARDSTICKS:
         found["checking"] = YARDSTICK_CHECK_CALLS * call
@@ -185,8 +195,15 @@ def _arm_phases(point: Point, suite: Suite, rates: Rates) -> Phases:
     readings = held_bytes(point.problem.layer, variant.precision) / rates.bandwidth
     found["checking"] = CHECK_CALLS * call + CHECK_READINGS * readings + COMPILE_SECONDS.get(variant.provider, 0.0)
     found["memory"] = call + MEMORY_SECONDS[rates.kind]
-    found["energy"] = ENERGY_SECONDS if suite.energy else 0.0
+    if suite.energy and _has_meter(rates.kind):
+        found["energy"] = ENERGY_SECONDS
     return found
+
+
+@cache
+def _has_meter(kind: DeviceKind) -> bool:
+    """Whether energy takes time: without a counter it takes none. A GPU, which may not be here, is said to have one."""
+    return kind == "cuda" or find_meter("cpu")[0] is not None
 
 
 def _sampling_seconds(call: float, budget: Budget) -> float:
