@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from moebench.block_run import Entry, entries_of
+from moebench.entry import Entry, entries_of
 from moebench.journal import REPAIR, Journal, Keys
 from moebench.point import Block
 from moebench.record import Record

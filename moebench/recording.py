@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from moebench.block_run import Entry, work_of
 from moebench.catalogue.hardware import Hardware
 from moebench.catalogue.routers import is_causal
 from moebench.derive import cost, limit_ms, performance
+from moebench.entry import Entry, work_of
 from moebench.measure.latency import median_interval
 from moebench.measure.steadiness import outliers
 from moebench.point import DROPLESS, YARDSTICKS, Block
@@ -40,6 +40,8 @@ def record_of(entry: Entry, block: Block, context: Context, state_flags: list[st
     outcome: dict[str, Any]
     if not entry.live:
         outcome = {"status": entry.status, "reason": entry.reason}
+    elif entry.samples_ms and not median(entry.samples_ms):
+        outcome = {"status": "failed", "reason": f"its timer, {entry.warmth.get('timer')}, reads 0 ms"}
     elif entry.samples_ms:
         outcome = {"status": "measured", **_measured(entry, context)}
         outcome["flags"] = entry.flags + state_flags + _memory_flags(entry) + outcome["flags"]

@@ -382,3 +382,12 @@ def test_check_only_checks_and_times_nothing():
     assert set(steps(crew.workers[0])) == {"open", "arm", "check", "drop"}
     assert entries["torch-grouped"].status == "inaccurate"
     assert entries["torch-loop"].live
+
+
+def test_flags_of_samples_that_were_discarded_go_with_them():
+    warmths = iter([{"settled": False}, {"settled": True}])
+    cues = {("torch-loop", "warm"): lambda: next(warmths), ("torch-bmm", "burst"): WorkerLost("crashed", "gone")}
+    cues["torch-loop", "memory"] = {"changed_modes": ["threads"]}
+    entries = run(Crew(cues))
+    assert entries["torch-bmm"].status == "crashed"
+    assert entries["torch-loop"].flags == ["changed_threads"]

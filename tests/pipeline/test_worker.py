@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from pipeline.stand_in import Answers
 
-from moebench.block_run import plain
 from moebench.catalogue.spec import LayerSpec
+from moebench.entry import plain
 from moebench.point import Problem, Variant
 from moebench.remote import Remote, WorkerLost
 
@@ -45,7 +45,8 @@ def test_the_straw_answers_as_the_worker_does(worker, ask):
         ("provider", {"name": "none.py:f"}),
         ("ceilings", {"precisions": ["fp32"], "seconds": 0.02}),
         ("open", OPENED), ("arm", arm), ("yardstick", yardstick), ("check", {"index": 0}), ("check", {"index": 1}),
-        ("warm", {"index": 0, "max_seconds": 0.05, "timer": "auto", "cache": "cold"}), ("memory", {"index": 0}), ("state_begin", {}),
+        ("warm", {"index": 0, "max_seconds": 0.05, "timer": "auto", "cache": "cold"}),
+        ("memory", {"index": 0}), ("state_begin", {}),
         ("burst", {"index": 0, "count": 3, "start": 0}), ("state_end", {}), ("drop", {"index": 0}),
     ]  # fmt: skip
     shapes = {"hello": (worker.hello, straw.hello("cpu"))}
