@@ -103,7 +103,7 @@ def measure_run(source: str, out: Path | None) -> None:
 
 
 def run_rows(path: Path, outside_s: float) -> list[Row]:
-    """Each phase, then the sums: seconds, share of the wall time, ms a point.
+    """Each phase, then the sums, then what the samples themselves add up to: seconds, share of the wall time, ms a point.
 
     Args:
         path: of the run.
@@ -119,6 +119,8 @@ def run_rows(path: Path, outside_s: float) -> list[Row]:
     phases[OWN] += max(0.0, outside_s - sum(phases.values()))
     overhead = sum(spent for phase, spent in phases.items() if phase not in WINDOWS)
     sums = {"wall": outside_s, "overhead": overhead, "overhead but building": overhead - phases.get("building", 0.0)}
+    # Of a very short call a sample is a mean of several: then this is less than what was spent in calls.
+    sums["samples"] = float(run.table["wall_ms"].mul(run.table["samples_ms"].str.len()).sum()) / 1e3
     return [
         {"phase": name, "seconds": spent, "percent": 100 * spent / outside_s, "ms_a_point": 1e3 * spent / points}
         for name, spent in (phases | sums).items()
