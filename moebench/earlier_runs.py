@@ -35,10 +35,10 @@ def known_from(folder: Path, device_kind: str, suite_hash: str | None = None) ->
     """What the runs in a folder tell, the newest first; where the very suite has been run before, that run alone."""
     found = [manifest for manifest in _manifests(folder) if manifest.get("device_kind") == device_kind]
     ceilings = next((manifest["ceilings"] for manifest in found if manifest.get("ceilings")), None)
-    whole = [manifest for manifest in found if _is_whole(manifest)]
+    whole = [manifest for manifest in found if is_whole(manifest)]
     same = [manifest for manifest in whole if suite_hash and manifest.get("suite_hash") == suite_hash]
     told = same[:1] or whole[:MOST_RUNS]
-    return Known(ceilings, _factors(told), len(told))
+    return Known(ceilings, factors_of(told), len(told))
 
 
 def _manifests(folder: Path) -> list[Manifest]:
@@ -54,14 +54,15 @@ def _read(path: Path) -> Manifest | None:
     return manifest if isinstance(manifest, dict) else None
 
 
-def _is_whole(manifest: Manifest) -> bool:
+def is_whole(manifest: Manifest) -> bool:
     """Whether it was measured from end to end in one session: only then are its seconds those of its points."""
     asked = {"finished": "complete", "sessions": 1, "shard": [1, 1], "check_only": False}
     told = all(isinstance(manifest.get(name), dict) for name in ("seconds", "expected_seconds"))
     return told and all(manifest.get(name) == value for name, value in asked.items())
 
 
-def _factors(manifests: list[Manifest]) -> dict[str, float]:
+def factors_of(manifests: list[Manifest]) -> dict[str, float]:
+    """Phase -> seconds taken over seconds expected, of whole runs together."""
     took: Counter[str] = Counter()
     expected: Counter[str] = Counter()
     for manifest in manifests:

@@ -103,7 +103,7 @@ def measure_run(source: str, out: Path | None) -> None:
 
 
 def run_rows(path: Path, outside_s: float) -> list[Row]:
-    """Each phase, then the sums, then what the samples themselves add up to: seconds, share of the wall time, ms a point.
+    """Each phase, the sums, and what the samples add up to: seconds, share of the wall time, ms a point.
 
     Args:
         path: of the run.
@@ -179,26 +179,30 @@ def worker(points: int) -> None:
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 def estimates(runs: tuple[Path, ...]) -> None:
-    """What `--dry-run` says of shipped suites, with the ceilings of complete runs of them, against what they took."""
-    _print([row for run in runs if (row := estimate_row(json.loads((run / "manifest.json").read_text())))])
+    """What `--dry-run` says of shipped suites against what complete runs of them took.
+
+    From nominal figures; from the ceilings of that run; and corrected by what the other runs named here took.
+    """
+    _print(estimate_rows([json.loads((run / "manifest.json").read_text()) for run in runs]))
 
 
-def estimate_row(manifest: Row) -> Row | None:
-    """Estimated and actual seconds of a run; None where it is not the whole of a shipped suite, in one session."""
+def estimate_rows(manifests: list[Row]) -> list[Row]:
+    """Estimated over actual seconds of each run that is the whole of a shipped suite, measured in one session."""
+    from moebench.earlier_runs import factors_of, is_whole
     from moebench.estimate import estimate_seconds
     from moebench.suite import load_suite, shipped
 
-    whole = manifest["finished"] == "complete" and manifest["shard"] == [1, 1] and not manifest["check_only"]
-    if not whole or manifest["sessions"] > 1 or manifest["suite"] not in shipped():
-        return None
-    overrides = {axis: list(map(str, values)) for axis, values in manifest["overrides"].items()}
-    suite = load_suite([manifest["suite"]], overrides, add_providers=manifest["joined"])
-    kind, took = manifest["device_kind"], sum(manifest["seconds"].values())
-    blind, knowing = (estimate_seconds(suite, kind, known).seconds for known in (None, manifest["ceilings"]))
-    return {
-        "suite": manifest["suite"], "device_kind": kind, "took_s": took, "estimated_s": knowing,
-        "ratio": knowing / took, "uncalibrated_s": blind, "uncalibrated_ratio": blind / took,
-    }  # fmt: skip
+    told = [manifest for manifest in manifests if is_whole(manifest) and manifest["suite"] in shipped()]
+    rows = []
+    for manifest in told:
+        overrides = {axis: list(map(str, values)) for axis, values in manifest["overrides"].items()}
+        suite = load_suite([manifest["suite"]], overrides, add_providers=manifest["joined"])
+        kind, ceilings, took = manifest["device_kind"], manifest["ceilings"], sum(manifest["seconds"].values())
+        others = factors_of([other for other in told if other["suite"] != manifest["suite"]])
+        ways = {"nominal": (None, None), "ceilings": (ceilings, None), "corrected": (ceilings, others)}
+        found = {name: estimate_seconds(suite, kind, *known).seconds / took for name, known in ways.items()}
+        rows.append({"suite": manifest["suite"], "device_kind": kind, "took_s": took, **found})
+    return rows
 
 
 def _in_a_process(command: str, points: int) -> Row:

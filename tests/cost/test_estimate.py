@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moebench_suites.harness_cost import Straw, estimate_row, straw_suite
+from moebench_suites.harness_cost import Straw, estimate_rows, straw_suite
 from pipeline.tiny import write_suite
 
 from moebench import estimate
@@ -160,10 +160,14 @@ def test_a_run_says_what_was_expected_of_it_and_the_next_plan_learns(tmp_path: P
 def test_estimates_are_held_against_whole_runs_of_shipped_suites_only(tmp_path: Path) -> None:
     suite = load_suite(["smoke"])
     run_suite(suite, Options(tmp_path / "one", device="cpu"), start=Straw)
-    told = json.loads((tmp_path / "one" / "manifest.json").read_text())
-    row = estimate_row(told | {"seconds": {"sampling": 10.0}})
-    assert row is not None
-    assert row["ratio"] == row["estimated_s"] / 10.0
-    assert row["estimated_s"] == estimate_seconds(suite, "cpu", told["ceilings"]).seconds
+    told = json.loads((tmp_path / "one" / "manifest.json").read_text()) | {"seconds": {"sampling": 10.0}}
     for changed in ({"finished": "interrupted"}, {"sessions": 2}, {"suite": "mine"}, {"shard": [1, 2]}):
-        assert estimate_row(told | changed) is None
+        assert estimate_rows([told | changed]) == []
+    (row,) = estimate_rows([told])
+    assert row["took_s"] == 10.0
+    assert row["nominal"] == estimate_seconds(suite, "cpu").seconds / 10
+    assert row["ceilings"] == row["corrected"] == estimate_seconds(suite, "cpu", told["ceilings"]).seconds / 10
+    other = told | {"suite": "quick", "seconds": {"checking": 20.0}, "expected_seconds": {"checking": 10.0}}
+    row, _ = estimate_rows([told, other])
+    checking = estimate_seconds(suite, "cpu", told["ceilings"]).phases["checking"]
+    assert row["corrected"] - row["ceilings"] == pytest.approx(checking / 10), "from the other run, not from its own"
