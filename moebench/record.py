@@ -52,7 +52,8 @@ ROUTING_COLUMNS = (
 )  # fmt: skip
 
 
-Rate = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+Duration = Annotated[float, Field(ge=0)]
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what a column can hold
 
 
@@ -103,18 +104,18 @@ class Record(BaseModel):
     timer: str | None = None
     timer_reason: str | None = None  # why no better timer was possible; null: this is the best
     cache: Literal["cold", "hot"] | None = None  # whether what rotates is twice the last-level cache
-    latency_ms: float | None = None  # median
-    latency_ms_low: float | None = None  # 95 % interval of the median
-    latency_ms_high: float | None = None
-    wall_ms: float | None = None
-    first_call_ms: float | None = None  # with its compilation and first touches; never part of the samples
-    prepare_ms: float | None = None
-    samples_ms: list[float] | None = None
-    wall_samples_ms: list[float] | None = None  # null where the host's clock is the only one
+    latency_ms: Positive | None = None  # median
+    latency_ms_low: Duration | None = None  # 95 % interval of the median
+    latency_ms_high: Duration | None = None
+    wall_ms: Duration | None = None
+    first_call_ms: Duration | None = None  # with its compilation and first touches; never part of the samples
+    prepare_ms: Duration | None = None
+    samples_ms: list[Duration] | None = None
+    wall_samples_ms: list[Duration] | None = None  # null where the host's clock is the only one
     sample_round: list[Whole] | None = None
     outlier_samples: list[Whole] | None = None  # positions in samples_ms beyond Tukey's fences; none is removed
     replicate: Whole = 0
-    tokens_per_s: float | None = None
+    tokens_per_s: Positive | None = None
     tflops: float | None = None
     executed_flops: float | None = None
     gbytes_per_s: float | None = None
@@ -190,9 +191,9 @@ class _Machine(_Part):
 
 
 class _Ceilings(_Part):
-    gemm_tflops: dict[str, Rate | None] | None = None
-    copy_gbs: Rate | None = None
-    read_gbs: Rate | None = None
+    gemm_tflops: dict[str, Positive | None] | None = None
+    copy_gbs: Positive | None = None
+    read_gbs: Positive | None = None
 
 
 class _Provider(_Part):

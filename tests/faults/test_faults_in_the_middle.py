@@ -88,3 +88,10 @@ def test_real_kernels_that_fail_on_the_second_problem_only(tmp_path, monkeypatch
         assert lost[name].reason.startswith(reason), (name, lost[name].reason)
     assert lost.keys() == REAL.keys()
     assert no_worker_left(tmp_path / "run")
+
+
+def test_a_timer_that_reads_nothing_is_no_number(tmp_path, crew, go):
+    crew.cues["torch-bmm", "burst"] = lambda: {"device_ms": [0.0], "wall_ms": [0.0]} if second_block(crew) else {}
+    assert go().exit_code == 1
+    (lost,) = [row for row in complete(tmp_path / "run", blocks=3) if row.status != "measured"]
+    assert (lost.tokens, lost.status, lost.reason) == (8, "failed", "its timer, straw, reads 0 ms")
