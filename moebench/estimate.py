@@ -46,6 +46,7 @@ ORACLE_TOKENS = 256
 CHECK_CALLS, CHECK_READINGS = 14, 4  # before the race and after it; readings of all weights for what may have changed
 YARDSTICK_CHECK_CALLS = 4
 WARM_CALLS, WARM_SECONDS = 10, 0.05  # two windows of the median and the first call; and no shorter than this
+SMALL_BYTES, COPIES = 48e6, 8  # weights of which copies rotate, each of them checked; a window then holds all of them
 SAMPLES = 24  # that a median on a shared machine takes to be known
 SLOW_CALL, SLOW_SAMPLES = 0.5, 6  # a slower call needs fewer
 ENERGY_SECONDS = (
@@ -187,13 +188,15 @@ def _arm_phases(point: Point, suite: Suite, rates: Rates) -> Phases:
         active = expected_active(point.problem.layer, min(point.problem.tokens, TWIN_TOKENS))
         return {"checking": INTERPRETER_SECONDS + INTERPRETER_EXPERT_SECONDS * active}
     call = call_seconds(point, rates)
-    warming = max(call, min(max(WARM_SECONDS, call * WARM_CALLS), budget.seconds_per_point / 2))
+    weights = held_bytes(point.problem.layer, variant.precision)
+    more = COPIES if weights < SMALL_BYTES and variant.provider not in YARDSTICKS else 0
+    warming = max(call, min(max(WARM_SECONDS, call * (WARM_CALLS + more)), budget.seconds_per_point / 2))
     found = {"warming": warming, "sampling": _sampling_seconds(call, budget)}
     if variant.provider in YARDSTICKS:
         found["checking"] = YARDSTICK_CHECK_CALLS * call
         return found
-    readings = held_bytes(point.problem.layer, variant.precision) / rates.bandwidth
-    found["checking"] = CHECK_CALLS * call + CHECK_READINGS * readings + COMPILE_SECONDS.get(variant.provider, 0.0)
+    found["checking"] = (CHECK_CALLS + more) * call + CHECK_READINGS * weights / rates.bandwidth
+    found["checking"] += COMPILE_SECONDS.get(variant.provider, 0.0)
     found["memory"] = call + MEMORY_SECONDS[rates.kind]
     if suite.energy and _has_meter(rates.kind):
         found["energy"] = ENERGY_SECONDS
