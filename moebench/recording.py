@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -22,7 +23,11 @@ CEILING_MARGIN = 1.25
 
 @dataclass(frozen=True)
 class Context:
-    """What every record of a run shares."""
+    """What every record of a run shares.
+
+    Attributes:
+        reached: the ceilings, raised to what the yardsticks of the row's own block have reached (`reached`).
+    """
 
     run_id: str
     suite: str
@@ -33,6 +38,29 @@ class Context:
     threads: int | None = None
     modes: str | None = None
     replicate: int = 0
+    reached: dict[str, Any] | None = None
+
+
+def reached(ceilings: dict[str, Any] | None, entries: Iterable[Entry]) -> dict[str, Any] | None:
+    """The ceilings, raised where a block's own yardsticks were faster at their best."""
+    if not ceilings:
+        return None
+    speeds = dict(ceilings) | {"gemm_tflops": dict(ceilings.get("gemm_tflops") or {})}
+    for entry in entries:
+        name, best_ms = entry.variant.provider, min(entry.samples_ms, default=0.0)
+        if name not in YARDSTICKS or not entry.live or not best_ms:
+            continue
+        if name == "gemm":
+            speeds["gemm_tflops"] |= _higher(
+                speeds["gemm_tflops"], entry.variant.precision, entry.facts["flops"] / best_ms / 1e9
+            )
+        else:
+            speeds |= _higher(speeds, f"{name}_gbs", entry.facts["moved_bytes"] / best_ms / 1e6)
+    return speeds
+
+
+def _higher(speeds: dict[str, Any], name: str, speed: float) -> dict[str, float]:
+    return {name: max(speed, speeds[name])} if speeds.get(name) else {}
 
 
 def record_of(entry: Entry, block: Block, context: Context, state_flags: list[str]) -> Record:
@@ -161,7 +189,9 @@ def _derived(entry: Entry, latency_ms: float, context: Context) -> dict[str, Any
     cold = entry.warmth["cache"] == "cold"
     fraction = limit / latency_ms if cold and limit is not None else None
     numbers["limit_ms"], numbers["limit_fraction"] = limit, fraction
-    numbers["flags"] = ["faster_than_ceiling"] if fraction is not None and fraction > CEILING_MARGIN else []
+    least = limit_ms(work, variant.precision, context.reached or context.ceilings)
+    too_fast = cold and least is not None and least / latency_ms > CEILING_MARGIN
+    numbers["flags"] = ["faster_than_ceiling"] if too_fast else []
     joules = entry.energy.get("gross_j_per_call")
     per_token = None if joules is None else joules / problem.tokens
     net = entry.energy.get("net_j_per_call")

@@ -23,7 +23,7 @@ from moebench.options import Options
 from moebench.point import Block
 from moebench.providers import is_file, is_yardstick
 from moebench.record import FAULTS, GOOD, Manifest, Record
-from moebench.recording import Context, record_of, skipped
+from moebench.recording import Context, reached, record_of, skipped
 from moebench.remote import Remote, Reply, WorkerLost
 from moebench.run_directory import RunDirectory
 from moebench.signals import stops_on_sigterm
@@ -169,6 +169,7 @@ class _Run:
         self.progress.block(block)
         running = BlockRun(block, settings, self.worker, self._start_worker)
         entries = running.run()
+        context = replace(context, reached=reached(context.ceilings, entries))
         records = [record_of(entry, block, context, running.state_flags) for entry in entries]
         with self.watch.phase("journal"):
             self.directory.journal.append(records)

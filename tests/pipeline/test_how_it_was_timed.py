@@ -39,6 +39,21 @@ def test_a_cold_row_that_is_faster_than_the_ceilings_allow_is_flagged(tmp_path, 
     assert flagged == [], "in the cache memory's ceiling is none"
 
 
+def test_ceilings_that_the_blocks_own_yardsticks_surpass_suspect_nobody(tmp_path, crew):
+    """As where the ceilings were measured while something else ran: the row is held against what was seen beside it."""
+    limit_ms = next(row.limit_ms for row in go(tmp_path) if row.provider == "torch-bmm")
+    fast = {"device_ms": [limit_ms / 2] * 10, "wall_ms": [1.0] * 10}
+    flags = {}
+    for copied_gbs in (12.0, 30.0):
+        crew.cues["torch-bmm", "burst"] = fast
+        best_ms = 1e6 / copied_gbs / 1e6  # the straw's yardsticks move 1 MB
+        crew.cues["copy", "burst"] = {"device_ms": [best_ms, *[9.0] * 9], "wall_ms": [9.0] * 10}
+        row = next(row for row in go(tmp_path, f"at{copied_gbs}") if row.provider == "torch-bmm")
+        assert row.limit_fraction == pytest.approx(2.0), "the column keeps to the ceilings of the run"
+        flags[copied_gbs] = row.flags
+    assert flags == {12.0: ["faster_than_ceiling"], 30.0: []}
+
+
 def test_outliers_both_clocks_and_the_reason_of_the_timer_stand_in_the_row(tmp_path, crew):
     crew.cues["torch-bmm", "burst"] = {"device_ms": [1.0] * 9 + [5.0], "wall_ms": [2.0] * 10}
     crew.cues["torch-bmm", "warm"] = {"why": "no CUDA graph: it waits", "settled": False}
