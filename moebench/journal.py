@@ -68,6 +68,14 @@ class Journal:
             if last:
                 yield record
 
+    def keys(self) -> Keys:
+        """Which points and replicates it holds.
+
+        Raises:
+            ValueError: a line before the last has no key.
+        """
+        return Keys((key.point_id, key.replicate) for key in self._parsed(Key))
+
     def lines(self) -> Iterator[Record]:
         """Every whole line, repeats too.
 

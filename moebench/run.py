@@ -18,7 +18,7 @@ from moebench.catalogue.hardware import Hardware, hardware_table
 from moebench.expand import VARIANT_DEFAULTS
 from moebench.failures import RunError
 from moebench.journal import Keys
-from moebench.manifest import new_manifest, now, require_same
+from moebench.manifest import new_manifest, now, require_same, yardstick_facts
 from moebench.options import Options
 from moebench.point import Block
 from moebench.providers import is_file, is_yardstick
@@ -190,7 +190,7 @@ class _Run:
     def _rest(self, manifest: Manifest) -> Iterator[Record]:
         """A `skipped` row for every point that was not reached; `--resume` measures them."""
         agenda, context = self._agenda(manifest), self._context(manifest)
-        done = agenda.done(self.directory.journal, manifest.run_id)
+        done = self.directory.journal.keys()
         reason = "not reached before the run was interrupted or its budget of seconds_total was used up"
         for replicate, block, entry in agenda.entries():
             if (entry.point_id, replicate) not in done:
@@ -234,6 +234,7 @@ class _Run:
         if not points:
             raise ValueError(f"{self.suite.name} has no point on {device_kind}: its sweeps are for another device")
         providers = {name: self._provider(name) for name in _named(self.suite, "provider", device_kind)}
+        providers |= yardstick_facts(self.hello)
         if before is not None:
             require_same(before, self.suite, self.options, self.hello, providers)
             return before.model_copy(update={"sessions": before.sessions + 1, "finished": None, "finished_at": None})
