@@ -14,8 +14,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from pipeline.stand_in import Crew
 from pipeline.test_remote import gone
 from pipeline.tiny import environment, records, write_suite, written_points
+
+from moebench.options import Options
+from moebench.run import run_suite
+from moebench.suite import load_suite
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 TOKENS = [4, 8, 16]
@@ -184,17 +189,48 @@ def test_kill_9_at_random_moments_with_the_real_worker(tmp_path):
 # A disk that runs full
 
 
+PAGE = 4096
+
+
+def pages(size):
+    """Bytes that a file takes in a file system of whole pages."""
+    return -(-size // PAGE) * PAGE
+
+
+@pytest.fixture
+def sizes(tmp_path, monkeypatch):
+    """Bytes of the manifest, of two blocks' lines and of one block's, as a run that nothing disturbs writes them."""
+    with monkeypatch.context() as patch:
+        patch.setattr("moebench.run.Remote", Crew().start)
+        suite = load_suite([str(write_suite(tmp_path, tokens=TOKENS))])
+        run_suite(suite, Options(tmp_path / "clean", command="moebench run suite tiny.toml --out run --no-report"))
+    lines = (tmp_path / "clean" / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    block = sum(map(len, lines[-PER_BLOCK:]))
+    assert block > PAGE, "else a third block would hide in the second's last page"
+    return (tmp_path / "clean" / "manifest.json").stat().st_size, sum(map(len, lines[: 2 * PER_BLOCK])), block
+
+
 @pytest.fixture(params=["file system", "file size"])
-def small(request, tmp_path):
-    """(folder, options that make its files end early, a way to end that)."""
+def small(request, tmp_path, sizes):
+    """(folder, options that make its files end after two blocks of three, a way to end that)."""
+    manifest, two_blocks, block = sizes
     if request.param == "file size":
-        size = 15_000
+        size = two_blocks + block // 2
+        assert size > manifest
         limit = {"limit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
         yield tmp_path / "run", limit, lambda: None, "File too large"
         return
     folder = tmp_path / "run"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20k", "moebench-test", str(folder)]
+    mount = [
+        "mount",
+        "-t",
+        "tmpfs",
+        "-o",
+        f"size={pages(manifest + 512) + pages(two_blocks + 64)}",
+        "moebench-test",
+        str(folder),
+    ]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a small file system")
     grow = ["mount", "-o", "remount,size=1m", str(folder)]
