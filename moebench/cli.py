@@ -11,6 +11,7 @@ import click
 
 from moebench import __version__
 from moebench.cli_audit import audit
+from moebench.cli_compare import compare
 from moebench.cli_trace import trace
 from moebench.cli_tune import tune
 
@@ -331,5 +332,6 @@ def _print_rows(rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, .
 
 
 main.add_command(audit)
+main.add_command(compare)
 main.add_command(trace)
 main.add_command(tune)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,12 +17,13 @@ from moebench.catalogue.cost import cost_inputs
 from moebench.catalogue.hardware import Hardware, match
 from moebench.estimate import estimate_seconds
 from moebench.options import Options
-from moebench.point import digest
+from moebench.point import YARDSTICKS, digest
 from moebench.record import Manifest
 from moebench.remote import Reply
 from moebench.suite import DeviceKind, Suite
 
 Providers = dict[str, dict[str, Any]]
+YARDSTICK_SOURCES = ("yardsticks.py", "measure/gemm.py")
 
 
 def new_manifest(
@@ -66,6 +68,14 @@ def new_manifest(
         expected_seconds=_expected(suite, hello["device_kind"], ceilings),
         started_at=now(),
     )
+
+
+def yardstick_facts(hello: Reply) -> Providers:
+    """Version and source of the yardsticks: what they time is PyTorch's, how they ask for it is ours."""
+    here = Path(__file__).parent
+    source = b"".join((here / name).read_bytes() for name in YARDSTICK_SOURCES)
+    facts = {"version": f"torch {hello['versions'].get('torch')}", "hash": hashlib.sha256(source).hexdigest()[:16]}
+    return {name: dict(facts) for name in YARDSTICKS}
 
 
 def require_same(before: Manifest, suite: Suite, options: Options, hello: Reply, providers: Providers) -> None:

@@ -122,6 +122,7 @@ def test_help_imports_next_to_nothing():
         "moebench",
         "moebench.cli",
         "moebench.cli_audit",
+        "moebench.cli_compare",
         "moebench.cli_trace",
         "moebench.cli_tune",
         "moebench.failures",
