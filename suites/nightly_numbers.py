@@ -18,7 +18,7 @@ from moebench.analyse.ratios import paired
 from moebench.point import Block, Point
 from moebench.record import FAULTS
 
-CONTROLS = ("gemm", "read", "copy")  # yardsticks, the first that the block has
+CONTROLS = ("gemm", "read", "copy")  # yardsticks, the first that the block has: as `moebench compare` chooses
 Numbers = dict[str, Any]
 
 

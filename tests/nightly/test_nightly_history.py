@@ -99,9 +99,33 @@ def test_a_slower_commit_is_found_once_and_an_equal_one_is_no_news(tmp_path):
     repeated = project.night("--again")
     assert (repeated.returncode, repeated.stdout) == (3, second.stdout)
 
+    project.git("checkout", "-q", "main")
+    project.commit(broken="torch-bmm gives a wrong answer from here on")
+    fourth = project.night()
+    assert (fourth.returncode, fourth.stdout) == (1, ""), fourth.stderr
+    assert "inaccurate: is off" in fourth.stderr
+
     for commit in (base, slower, equal):
         run = load_run(project.path / ".asv" / "runs" / commit)
         assert run.table["replicate"].nunique() == 3
+    assert_asv_keeps_samples_as_it_does_timings(project.results(slower))
     site = project.path / ".asv" / "html"
     assert (site / "index.html").is_file()
     assert "torch-bmm" in (site / "regressions.json").read_text()
+
+
+def assert_asv_keeps_samples_as_it_does_timings(stored):
+    """What a `track_*` returns as samples has a median, quartiles and an interval; asv promises it nowhere."""
+    columns = dict(zip(stored["result_columns"], stored["results"]["nightly.Latency.track_device"], strict=False))
+    assert columns["result"] == pytest.approx([3.0, 3.0], rel=0.01)
+    for case in range(2):
+        low, high = columns["stats_ci_99_a"][case], columns["stats_ci_99_b"][case]
+        assert 2.98 < low <= columns["stats_q_25"][case] < 3.0 < columns["stats_q_75"][case] <= high < 3.02
+        assert columns["stats_repeat"][case] >= 3 * 10
+    ratios = dict(
+        zip(stored["result_columns"], stored["results"]["nightly.Relative.track_latency_over_control"], strict=False)
+    )
+    assert ratios["stats_repeat"] == [3, 3], "one a process"
+    for gap in ("Latency.track_wall", "Energy.track_per_token"):
+        values = stored["results"][f"nightly.{gap}"][0]
+        assert all(value != value for value in values), "NaN: a gap and not a zero"
