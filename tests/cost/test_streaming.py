@@ -65,6 +65,21 @@ def test_streamed_and_whole_reading_agree(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(written, records_to_table(whole))
 
 
+def test_of_what_was_written_again_the_last_is_streamed(tmp_path: Path) -> None:
+    journal = Journal(straw_run(tmp_path / "one", 40).path / "journal.jsonl")
+    records = journal.read()
+    again = [record.model_copy(update={"suite": "again"}) for record in records[5:20]]
+    journal.append(again[:9])
+    journal.append([record.model_copy(update={"suite": "and again"}) for record in again[4:]])
+    found = journal.read()
+    assert len(found) == len(records)
+    assert {(record.point_id, record.suite) for record in found} == {
+        (record.point_id, "and again" if 9 <= n < 20 else "again" if 5 <= n < 9 else record.suite)
+        for n, record in enumerate(records)
+    }
+    assert len(journal.keys()) == len(records)
+
+
 @pytest.mark.parametrize(("chunk", "group"), [(1, 1), (3, 2), (70, 1), (1_000, 10)])
 def test_a_table_is_the_same_however_it_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, group: int
