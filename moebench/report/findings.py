@@ -158,9 +158,8 @@ def _ceiling(found: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def facts(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
     """The manifest as titled lists of (name, value)."""
-    run = manifest.model_dump(
-        exclude={"suite_text", "versions", "machine", "ceilings", "hardware", "cost", "providers"}
-    )
+    apart = {"suite_text", "versions", "machine", "ceilings", "hardware", "cost", "providers"}
+    run = manifest.model_dump(exclude=apart | {"seconds", "expected_seconds"})
     sections: list[tuple[str, Any]] = [
         ("Run", run),
         ("Machine", manifest.machine),
@@ -168,6 +167,7 @@ def facts(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Measured ceilings", manifest.ceilings),
         ("Data sheet", manifest.hardware),
         ("Cost inputs", manifest.cost),
+        ("Wall time by phase", {phase: f"{seconds:.1f} s" for phase, seconds in manifest.seconds.items()}),
         ("Providers", {name: _provider(facts) for name, facts in manifest.providers.items()}),
     ]
     return [(title, _lines(values)) for title, values in sections]
