@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,12 @@ import click
 if TYPE_CHECKING:
     from moebench.analyse.compare import Comparison
 
-SHOWN = ("verdict", "metric", "problem", "variant", "scope", "change", "interval", "old", "new", "unit", "note")
+SHOWN = (
+    "verdict", "metric", "problem", "variant", "scope", "change", "interval", "p", "old", "new", "unit", "replicates",
+    "control", "note",
+)  # fmt: skip
 REGRESSION = 3
+SCATTER = " (points scatter more than their replicates do, so every interval was widened)"
 
 
 @click.command()
@@ -46,16 +49,18 @@ def compare(
       moebench compare old new --control torch-grouped --min-effect 0.05
       moebench compare old new --json
     """
+    from moebench.analyse.compare import UNCHANGED, flat_rows
     from moebench.analyse.compare import compare as compared
     from moebench.analyse.load import load_run
 
     found = compared(load_run(old), load_run(new), control, min_effect)
     for warning in found.warnings:
-        click.echo(f"differs: {warning}", err=True)
-    rows = [row for row in found.rows if not only_changed or row["verdict"] not in ("SAME", "UNSURE")]
+        click.echo(f"moebench: warning: {warning}", err=True)
+    table = found.table
+    rows = flat_rows(table[~table["verdict"].isin(UNCHANGED)] if only_changed else table)
     if as_json:
         click.echo(json.dumps(rows))
-    else:
+    elif rows:
         _print(rows)
     for line in summary(found):
         click.echo(line, err=True)
@@ -63,17 +68,14 @@ def compare(
 
 
 def summary(found: Comparison) -> list[str]:
-    """The verdicts counted, metric by metric, and what widened the intervals."""
-    metrics = dict.fromkeys(row["metric"] for row in found.rows)
+    """The verdicts counted, metric by metric; what latencies were held against, and what widened their intervals."""
     lines = []
-    for metric in metrics:
-        counts = Counter(row["verdict"] for row in found.rows if row["metric"] == metric)
-        lines.append(f"{metric}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
-    if found.inflation > 1.05:
-        lines.append(
-            f"points scatter {found.inflation:.1f} times as much as replicates do: the days differ, and intervals were"
-            " widened by as much"
-        )
+    for metric, verdicts in found.table.groupby("metric", sort=False)["verdict"]:
+        counts = verdicts.value_counts()
+        lines.append(f"{metric}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    names = ", ".join(found.table["control"].dropna().unique())
+    if names:
+        lines.append(f"control: {names}; inflation: {found.inflation:.2f}" + (SCATTER if found.inflation > 1 else ""))
     return lines
 
 
@@ -81,18 +83,23 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from moebench.terminal import print_rows
 
     shown = [_shown(row) for row in rows]
-    if shown:
-        print_rows(shown, tuple(name for name in SHOWN if any(row[name] not in (None, "") for row in shown)))
+    print_rows(shown, tuple(name for name in SHOWN if any(row[name] not in (None, "") for row in shown)))
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     ratio, low, high = row["ratio"], row["ratio_low"], row["ratio_high"]
-    notes = ["source changed"] if row["source_changed"] and row["metric"] == "latency" else []
-    notes += [row["reason"]] if row["reason"] else []
-    notes += [row["flags"]] if row["flags"] and row["metric"] == "latency" else []
+    timed = row["metric"] == "latency"
+    notes = [
+        row["reason"],
+        "source changed" if timed and row["source_changed"] else None,
+        row["flags"] if timed else None,
+    ]
+    counts = (row["replicates_old"], row["replicates_new"])
     return {
         **row,
         "change": None if ratio is None else f"{ratio - 1:+.1%}",
         "interval": None if low is None else f"{low - 1:+.1%} .. {high - 1:+.1%}",
-        "note": "; ".join(notes),
+        "p": row["p_adjusted"],
+        "replicates": None if None in counts else "{:.0f}/{:.0f}".format(*counts),
+        "note": "; ".join(note for note in notes if note),
     }

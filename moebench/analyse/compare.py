@@ -1,62 +1,62 @@
-"""Compare: two runs point by point: latency against a control, energy, memory, error, status.
+"""Compare: two runs point by point, in latency, energy, memory, error and status. No torch.
 
-Between two runs nothing is paired. What a day does to all arms alike is taken out by
-comparing each point's ratio to a control of its own block (rounds they share, see `controls`);
-what is left is judged from the spread of replicates in fresh workers (see `verdicts`).
+Between two runs nothing is paired. What a day does to all arms alike is taken out by comparing each point's ratio to a
+control of its own block and worker (`controls`); what is left is judged by how a run's own workers differ (`verdicts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from moebench.analyse.controls import NO_CONTROL, log_ratios, require_same_control
-from moebench.analyse.differences import differences, require_comparable
+from moebench.analyse.controls import NO_CONTROL, controlled
+from moebench.analyse.differences import changed_conditions, differences, require_comparable
 from moebench.analyse.load import Run
-from moebench.analyse.matched import Matched
-from moebench.analyse.verdicts import MIN_EFFECT, Floats, Judged, judge
+from moebench.analyse.matched import NEW, OLD, Matched
+from moebench.analyse.verdicts import MIN_EFFECT, Floats, judge
 from moebench.record import FAULTS, GOOD
 
-RANKS = ("BROKEN", "SLOWER", "HIGHER", "FASTER", "LOWER", "MENDED", "GONE", "NEW", "CHANGED", "UNSURE", "SAME")
-WORSE = ("BROKEN", "SLOWER", "HIGHER")
-ERROR_FACTOR, ERROR_FLOOR = 2.0, 1e-6  # an error matters when it doubles and is more than float32's own
-MEMORY_FLOOR_BYTES = 1 << 20  # what page counters and allocators round to
+# Worst first, and so is the table.
+VERDICTS = (
+    "BROKEN", "SLOWER", "HIGHER", "FASTER", "LOWER", "MENDED", "GONE", "NEW", "CHANGED", "UNSURE", "SAME",
+)  # fmt: skip
+REGRESSIONS = ("BROKEN", "SLOWER", "HIGHER")
+UNCHANGED = ("UNSURE", "SAME")
 COLUMNS = (
     "point_id", "problem", "variant", "scope", "metric", "verdict", "regression", "ratio", "ratio_low", "ratio_high",
     "p_adjusted", "old", "new", "unit", "replicates_old", "replicates_new", "control", "source_changed", "flags",
     "reason",
 )  # fmt: skip
-
-Row = dict[str, Any]
+ERROR_FACTOR, ERROR_FLOOR = 1.5, 1e-6  # float32's own errors are of this size and move with the order of its sums
+MEMORY_FLOOR_BYTES = 1 << 20  # what allocators and page counts round to
 
 
 class Comparison(NamedTuple):
     """What came of comparing two runs.
 
     Attributes:
-        rows: a flat object for each point and metric, worst first (`COLUMNS`); null where there is no number.
+        table: a row for each point and metric, worst first; the columns are `COLUMNS`.
         warnings: what differs between the runs and may explain a verdict.
-        inflation: by how much all latency intervals were widened, since points scatter more than replicates do.
+        inflation: by how much all latency intervals were widened, since points scatter more than their replicates.
     """
 
-    rows: list[Row]
+    table: pd.DataFrame
     warnings: list[str]
     inflation: float
 
     @property
     def regressed(self) -> bool:
-        """Whether anything got worse."""
-        return any(row["regression"] for row in self.rows)
+        """Whether any point got worse."""
+        return bool(self.table["regression"].any())
 
 
 def compare(old: Run, new: Run, control: str | None = None, min_effect: float = MIN_EFFECT) -> Comparison:
     """Compare two runs.
 
     Args:
-        control: a provider that is in every block of both runs, "none" for plain latencies, or None for each
-            block's own yardstick.
+        control: a provider, "none" for plain latencies, or None for each block's own yardstick.
         min_effect: relative change that matters.
 
     Raises:
@@ -64,131 +64,109 @@ def compare(old: Run, new: Run, control: str | None = None, min_effect: float = 
     """
     require_comparable(old, new)
     points = Matched(old, new)
-    judged, latency = _latency(points, control, min_effect)
-    memory = _plain(points, "peak_memory_bytes", "memory", "bytes", 1 + min_effect, MEMORY_FLOOR_BYTES)
-    error = _plain(points, "rel_error", "error", None, ERROR_FACTOR, ERROR_FLOOR)
-    fidelity = _plain(points, "fidelity_error", "fidelity error", None, ERROR_FACTOR, ERROR_FLOOR)
-    rows = [*latency, *_energy(points, min_effect), *memory, *error, *fidelity, *_status(points)]
-    warnings = differences(old, new)
+    conditions = points.conditions()
+    latency, inflation = _latency(points, conditions, control, min_effect)
+    rows = [latency, _energy(points, min_effect), *_quiet(points, min_effect), _status(points)]
+    table = pd.concat([part for part in rows if len(part)] or [latency], ignore_index=True)
+    table = table.merge(points.facts(), left_on="point_id", right_index=True, how="left")
+    table["regression"] = table["verdict"].isin(REGRESSIONS)
+    order = table["verdict"].map(VERDICTS.index)
+    table = table.iloc[np.argsort(order.to_numpy(), kind="stable")].reindex(columns=list(COLUMNS))
+    warnings = differences(old, new) + changed_conditions(conditions)
     if control == NO_CONTROL:
-        warnings.append("control none: latencies as they are, with whatever the day did to all of them")
-    return Comparison(sorted(rows, key=_order), warnings, judged.inflation)
+        warnings.append("control none: nothing takes out what a day does to all latencies alike")
+    if not len(latency):
+        warnings.append("no point was timed in both runs")
+    return Comparison(table.reset_index(drop=True), warnings, inflation)
 
 
-def _latency(points: Matched, control: str | None, min_effect: float) -> tuple[Judged, list[Row]]:
-    """Ratios to the control, judged; a point that was measured in another way in one of the runs has no verdict."""
-    (old, of_old), (new, of_new) = (log_ratios(table, points.ids, control) for table in (points.old, points.new))
-    require_same_control(points.old, points.new, {name for point, name in of_new.items() if of_old.get(point) == name})
-    otherwise = [points.condition(point) for point in points.ids]
-    alike = np.array([[not reason] for reason in otherwise])
-    judged = judge(np.where(alike, old, np.nan), np.where(alike, new, np.nan), min_effect)
-    rows = _judged_rows(points, "latency_ms", judged, metric="latency", unit="ms")
-    for n, row in rows:
-        row["control"] = of_new.get(points.ids[n])
-        alone = "" if row["control"] else f"no {control or 'yardstick'} was measured beside it"
-        row["reason"] = otherwise[n] or alone or row["reason"]
-    return judged, [row for _, row in rows]
+def flat_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a comparison as flat objects; null where there is no number."""
+    numbers = table.replace([np.inf, -np.inf], np.nan).astype(object)
+    return [dict(zip(table.columns, row, strict=True)) for row in numbers.where(numbers.notna(), None).to_numpy()]
 
 
-def _energy(points: Matched, min_effect: float) -> list[Row]:
-    old, new = points.values("energy_j_per_token")
-    judged = judge(np.log(old), np.log(new), min_effect)
-    rows = [row for _, row in _judged_rows(points, "energy_j_per_token", judged, metric="energy", unit="J/token")]
-    words = {"SLOWER": "HIGHER", "FASTER": "LOWER"}
-    return [_row(points, **{**row, "verdict": words.get(row["verdict"], row["verdict"])}) for row in rows]
+def _latency(
+    points: Matched, conditions: pd.DataFrame, control: str | None, min_effect: float
+) -> tuple[pd.DataFrame, float]:
+    """Ratios to the control, judged. Where the conditions or the control are missing, the row says so."""
+    against = controlled(points, control)
+    said = conditions["name"] + " was " + conditions["then"].astype(str) + " and is " + conditions["now"].astype(str)
+    odd = said.set_axis(conditions["point_id"]).reindex(points.ids)
+    usable = odd.isna().to_numpy()
+    old, new = (np.where(usable[:, None], grid, np.nan) for grid in (against.old, against.new))
+    judged, inflation = judge(old, new, min_effect)
+    names = pd.Series(against.names, dtype=object)
+    rows = _changes(points, judged).assign(metric="latency", unit="ms", control=names.where(names != "", None))
+    rows.loc[names == "", "reason"] = f"no {control or 'yardstick'} was timed beside it in both runs"
+    rows["reason"] = odd.reset_index(drop=True).combine_first(rows["reason"])
+    return _with_values(rows, *points.grids("latency_ms")), inflation
 
 
-def _judged_rows(points: Matched, column: str, judged: Judged, **more: Any) -> list[tuple[int, Row]]:
-    """(position, row) of the points that have a number in both runs."""
-    found = judged.rows.to_dict("records")
-    return [
-        (
-            n,
-            _row(
-                points, point_id=points.ids[n], old=old, new=new, verdict=found[n]["verdict"],
-                ratio=_factor(found[n]["shift"]), ratio_low=_factor(found[n]["low"]),
-                ratio_high=_factor(found[n]["high"]), p_adjusted=_known(found[n]["p"]),
-                replicates_old=found[n]["replicates_old"], replicates_new=found[n]["replicates_new"],
-                reason=found[n]["why"] or None, **more,
-            ),
-        )
-        for n, old, new in _medians(points, column)
-    ]  # fmt: skip
+def _energy(points: Matched, min_effect: float) -> pd.DataFrame:
+    old, new = points.grids("energy_j_per_token")
+    then, now = (np.log(np.where(grid > 0, grid, np.nan)) for grid in (old, new))
+    rows = _changes(points, judge(then, now, min_effect).rows).assign(metric="energy", unit="J/token")
+    rows["verdict"] = rows["verdict"].replace({"SLOWER": "HIGHER", "FASTER": "LOWER"})
+    return _with_values(rows, old, new)
 
 
-def _plain(
-    points: Matched, column: str, metric: str, unit: str | None, factor: float, floor: float
-) -> list[Row]:  # fmt: skip
-    """What has next to no noise: changed by the factor and by more than `floor`, in every replicate."""
-    grids = points.values(column)
-    rows = []
-    for n, old, new in _medians(points, column):
-        then, now = (grid[n][np.isfinite(grid[n])] for grid in grids)
-        changed = max(old, new) > factor * min(old, new) and abs(new - old) > floor
-        verdict, reason = _turned(then, now) if changed else ("SAME", None)
-        rows.append(
-            _row(
-                points, point_id=points.ids[n], metric=metric, unit=unit, verdict=verdict, reason=reason,
-                old=old, new=new, ratio=new / old if old else None,
-                replicates_old=len(then), replicates_new=len(now),
-            )
-        )  # fmt: skip
+def _changes(points: Matched, judged: pd.DataFrame) -> pd.DataFrame:
+    rows = judged[["verdict", "p_adjusted", "replicates_old", "replicates_new"]].copy()
+    rows["point_id"] = points.ids
+    rows["reason"] = judged["why"].where(judged["why"] != "", None)
+    for name, log in (("ratio", "shift"), ("ratio_low", "low"), ("ratio_high", "high")):
+        rows[name] = np.exp(judged[log])
     return rows
 
 
-def _turned(then: Floats, now: Floats) -> tuple[str, str | None]:
-    if now.min() > then.max():
-        return "HIGHER", None
-    return ("LOWER", None) if now.max() < then.min() else ("UNSURE", "the replicates of the two runs overlap")
-
-
-def _medians(points: Matched, column: str) -> Iterator[tuple[int, float, float]]:
-    """(position, old, new) of the points that have a number in both runs."""
-    old, new = points.medians(column)
-    for n in np.flatnonzero(np.isfinite(old) & np.isfinite(new)):
-        yield int(n), float(old[n]), float(new[n])
-
-
-def _status(points: Matched) -> list[Row]:
-    """A row for each point whose status is not what it was."""
-    then, now, reasons = points.first(0, "status"), points.first(1, "status"), points.first(1, "reason")
-    changed = [point for point in points.every if then.get(point) != now.get(point)]
+def _quiet(points: Matched, min_effect: float) -> list[pd.DataFrame]:
+    """What has next to no noise: memory and errors."""
     return [
-        _row(points, point_id=point, metric="status", verdict=_turn(then.get(point), now.get(point)),
-             reason=_told(then.get(point), now.get(point), reasons.get(point)))
-        for point in changed
-    ]  # fmt: skip
+        _beyond(points, "peak_memory_bytes", 1 + min_effect, MEMORY_FLOOR_BYTES).assign(metric="memory", unit="bytes"),
+        _beyond(points, "rel_error", ERROR_FACTOR, ERROR_FLOOR).assign(metric="error"),
+        _beyond(points, "fidelity_error", ERROR_FACTOR, ERROR_FLOOR).assign(metric="fidelity error"),
+    ]
 
 
-def _turn(before: str | None, after: str | None) -> str:
-    if before is None or after is None:
-        return "NEW" if before is None else "GONE"
-    if before in GOOD and after in FAULTS:
-        return "BROKEN"
-    return "MENDED" if before in FAULTS and after in GOOD else "CHANGED"
+def _beyond(points: Matched, column: str, factor: float, floor: float) -> pd.DataFrame:
+    """Changed: by the factor, by more than the floor, and every new replicate beyond every old one (else UNSURE)."""
+    old, new = points.grids(column)
+    then, now = _medians(old), _medians(new)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        large, small = np.maximum(then, now), np.minimum(then, now)
+        changed = (large > factor * small) & (large - small > floor)
+        higher = np.fmin.reduce(new, axis=1) > np.fmax.reduce(old, axis=1)
+        lower = np.fmax.reduce(new, axis=1) < np.fmin.reduce(old, axis=1)
+        ratio = np.where(then > 0, now / then, np.nan)
+    verdict = np.select([~changed, higher, lower], ["SAME", "HIGHER", "LOWER"], "UNSURE")
+    rows = pd.DataFrame({"point_id": points.ids, "verdict": verdict, "ratio": ratio})
+    rows.loc[verdict == "UNSURE", "reason"] = "the replicates of both runs overlap"
+    rows["replicates_old"], rows["replicates_new"] = (np.isfinite(grid).sum(axis=1) for grid in (old, new))
+    return _with_values(rows, old, new)
 
 
-def _told(before: str | None, after: str | None, reason: object) -> str:
-    said = f"{before or 'not in the old run'}, now {after or 'not in the new run'}"
-    return f"{said}: {reason}" if isinstance(reason, str) else said
+def _with_values(rows: pd.DataFrame, old: Floats, new: Floats) -> pd.DataFrame:
+    """The medians of both runs; only points that have a number in both."""
+    rows = rows.assign(old=_medians(old), new=_medians(new))
+    return rows[rows["old"].notna() & rows["new"].notna()]
 
 
-def _row(points: Matched, **values: Any) -> Row:
-    """All columns of one row, with what is known of its point."""
-    point = values["point_id"]
-    known = {"source_changed": points.source_changed(point), "flags": points.flags(point), **points.facts[point]}
-    row = {**dict.fromkeys(COLUMNS), **known, **values}
-    row["regression"] = row["verdict"] in WORSE
-    return row
+def _medians(grid: Floats) -> Floats:
+    """Median of each row; NaN where there is nothing."""
+    medians: Floats = pd.DataFrame(grid).median(axis=1).to_numpy()
+    return medians
 
 
-def _order(row: Row) -> tuple[int, str]:
-    return RANKS.index(row["verdict"]), row["metric"]
-
-
-def _factor(log: float) -> float | None:
-    return float(np.exp(log)) if np.isfinite(log) else None
-
-
-def _known(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+def _status(points: Matched) -> pd.DataFrame:
+    """A row for each point whose status is not what it was."""
+    both = points.statuses()
+    differ = (both[OLD]["status"] != both[NEW]["status"]).to_numpy()
+    then, now = (statuses["status"][differ].astype(object) for statuses in both)
+    said = then.fillna("not in the old run") + ", now " + now.fillna("not in the new run")
+    reason = both[NEW]["reason"][differ]
+    broken = then.isin(GOOD) & now.isin(FAULTS)
+    mended = then.isin(FAULTS) & now.isin(GOOD)
+    verdict = np.select([then.isna(), now.isna(), broken, mended], ["NEW", "GONE", "BROKEN", "MENDED"], "CHANGED")
+    told = said.where(reason.isna(), said + ": " + reason.fillna(""))
+    return pd.DataFrame({"point_id": told.index, "verdict": verdict, "reason": told.to_numpy()}).assign(metric="status")

@@ -1,7 +1,7 @@
 """Controls: what each point is divided by, in its own block and worker, so that what a day does to both cancels.
 
-By default a yardstick of the block: the GEMM in the point's precision, or else the read, or else the copy. A point keeps
-to one control in all replicates of both runs: the one that most of them share.
+By default a yardstick of the block: the GEMM in the point's precision, or else the read, or else the copy. A point
+keeps to one control in all replicates of both runs: the one that most of them share.
 """
 
 from __future__ import annotations

@@ -60,18 +60,19 @@ def judge(old: Floats, new: Floats, min_effect: float = MIN_EFFECT) -> Judged:
         min_effect: relative change that matters, 0.03 for 3 %.
 
     Returns:
-        rows with `shift`, `low`, `high` (log, 95 %), `low90`, `high90`, `p` (adjusted), `verdict`, `why`,
-        `replicates_old`, `replicates_new`.
+        rows with `shift`, `low`, `high` (log, 95 %), `low90`, `high90`, `p_adjusted`, `verdict`, `why` ("" where
+        there is a verdict), `replicates_old`, `replicates_new`.
     """
     counts = np.isfinite(old).sum(axis=1), np.isfinite(new).sum(axis=1)
     enough = np.minimum(*counts) >= MIN_REPLICATES
     shift, error, df, inflation = _shifts(old, new, enough)
-    rows = pd.DataFrame(_intervals(shift, error, df) | {"p": _adjusted(shift, error, df)})
+    rows = pd.DataFrame(_intervals(shift, error, df) | {"p_adjusted": _adjusted(shift, error, df)})
     rows["replicates_old"], rows["replicates_new"] = counts
     beyond = np.log1p(min_effect)
-    found = enough & (rows["p"].to_numpy() <= FALSE_DISCOVERY_RATE)
+    found = enough & (rows["p_adjusted"].to_numpy() <= FALSE_DISCOVERY_RATE)
     slower = found & (shift > beyond) & _ranks_agree(old, new, enough)
     faster = found & (shift < -beyond) & _ranks_agree(new, old, enough)
+    rows["mixed"] = found & (np.abs(shift) > beyond) & ~slower & ~faster
     same = enough & (rows["low90"].to_numpy() > -beyond) & (rows["high90"].to_numpy() < beyond)
     rows["verdict"] = np.select([slower, faster, same], ["SLOWER", "FASTER", "SAME"], "UNSURE")
     rows["why"] = [_why(row, min_effect) for row in rows.to_dict("records")]
@@ -176,5 +177,7 @@ def _why(row: Mapping[Hashable, Any], min_effect: float) -> str:
     fewest = min(row["replicates_old"], row["replicates_new"])
     if fewest < MIN_REPLICATES:
         return f"{fewest} replicates on one side; {MIN_REPLICATES} are needed"
+    if row["mixed"]:
+        return "the change would be one, but one replicate or more disagrees"
     low, high = (float(np.expm1(row[name])) for name in ("low", "high"))
     return f"the change lies between {low:+.1%} and {high:+.1%}, and {min_effect:.0%} matters"
