@@ -6,7 +6,7 @@ ARGS ?=
 CONSTRAINTS ?= constraints.txt
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --quiet $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: run test test-quick test-full audit lint format clean
+.PHONY: run test test-quick test-full audit nightly benchmark lint format clean
 
 run: .venv/run
 	.venv/bin/moebench run suite $(SUITE) $(ARGS)
@@ -26,6 +26,15 @@ test-full: .venv/dev
 audit: .venv/run
 	.venv/bin/moebench audit --all $(ARGS)
 
+# The current commit into the history under .asv, its site in .asv/html; ends with 3 on a regression. docs/nightly.md.
+nightly: .venv/nightly
+	.venv/bin/python -m moebench_suites.run_nightly $(ARGS)
+
+# The nightly's cases under pytest-benchmark: the first time stores a baseline, later ones compare with the newest.
+benchmark: .venv/dev
+	.venv/bin/python -m pytest tests/benchmarks/test_benchmarks.py --benchmark-only \
+	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=median:10%,--benchmark-save=baseline) $(ARGS)
+
 lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -41,6 +50,10 @@ format: .venv/dev
 	@echo "installing into .venv (PyTorch is large: a few minutes the first time)"
 	$(PYTHON) -m venv .venv
 	$(PIP) -e .
+	@touch $@
+
+.venv/nightly: .venv/run
+	$(PIP) -e '.[nightly]'
 	@touch $@
 
 .venv/dev: .venv/run

@@ -16,8 +16,8 @@ from moebench.suite import Budget, load_suite, shipped
 from moebench.suite_file import read_source
 
 NAMES = [
-    "capacity", "decode", "granularity", "kernels", "prefill", "quick", "routers", "routing-skew", "smoke", "sweep",
-    "train",
+    "capacity", "decode", "granularity", "kernels", "nightly", "prefill", "quick", "routers", "routing-skew", "smoke",
+    "sweep", "train",
 ]  # fmt: skip
 # Those that need no other library and compute the layer, and the one yardstick that is the price of its sparsity.
 OURS = {name for name, listing in PROVIDERS.items() if listing.needs is None} - set(LAYER_FORMS)
