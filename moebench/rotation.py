@@ -15,9 +15,24 @@ from moebench.arm import Arm, tensors_in
 from moebench.point import DRAWS
 from moebench.routing.build import with_capacity
 from moebench.work import variant_work
+from moebench.yardsticks import Yardstick
 
+COPIES_SHARE = 0.25  # of the memory that is left
 MAX_COPIES = 8
 COPIES = (1, 2, 4, MAX_COPIES)  # powers of two, so that draws and copies come round together
+
+
+def take_turns(arm: Arm | Yardstick, cache: str, cold_bytes: float, free_bytes: float) -> float:
+    """Set what an arm or a yardstick rotates over; the bytes that one rotation reads.
+
+    Args:
+        cache: what the suite asks for, "cold" or "hot".
+        cold_bytes: from so many on it is cold.
+        free_bytes: the memory that is left.
+    """
+    if isinstance(arm, Yardstick):
+        return arm.rotate(cache == "cold")
+    return stay_hot(arm) if cache == "hot" else rotate(arm, cold_bytes, COPIES_SHARE * free_bytes)
 
 
 def stay_hot(arm: Arm) -> float:

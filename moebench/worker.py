@@ -25,15 +25,13 @@ from moebench.measure import ceilings, device, energy, latency, memory, modes
 from moebench.point import QUANTISED_PRECISIONS, Problem, Variant, problem_from_json
 from moebench.providers.load import Unavailable, load
 from moebench.recheck import recheck
-from moebench.rotation import rotate, stay_hot
+from moebench.rotation import take_turns
 from moebench.weights import Weights, make_weights, weight_bytes
 from moebench.workload import make_draws
 from moebench.yardsticks import Shelf, Yardstick
 
 # PyTorch's allocator for the host and CUDA's libraries say so in a bare RuntimeError.
 NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-COPIES_SHARE = 0.25  # of the memory that is left, for copies of the weights to rotate over
 
 
 class Worker:
@@ -141,7 +139,7 @@ class Worker:
     def warm(self, index: int, max_seconds: float, timer: str, cache: str) -> dict[str, Any]:
         """Choose what rotates, warm up and choose the timer; "cache" says whether what rotates is cold."""
         arm, cold_bytes = self.arms[index], latency.COLD_CACHES * (device.llc_bytes(self.kind) or 0)
-        rotating_bytes = self._rotate(arm, cache, cold_bytes)
+        rotating_bytes = take_turns(arm, cache, cold_bytes, memory.available_bytes(self.kind))
         warmth = latency.warm(arm.call, arm.rotation, max_seconds=max_seconds, device_kind=self.kind)
         chosen = latency.make_timer(self.kind, arm.call, arm.rotation, timer)
         self.timers[index] = chosen
@@ -149,14 +147,6 @@ class Worker:
         facts = {"timer": chosen.name, "why": chosen.why, "rotation": arm.rotation, "cache": reached}
         first = arm.first_call_ms if isinstance(arm, Arm) else None  # the check may have run it before
         return warmth._asdict() | facts | ({} if first is None else {"first_call_ms": first})
-
-    def _rotate(self, arm: Arm | Yardstick, cache: str, cold_bytes: float) -> float:
-        """Set an arm's rotation; the bytes that one rotation reads."""
-        if isinstance(arm, Yardstick):
-            return arm.rotate(cache == "cold")
-        if cache == "hot":
-            return stay_hot(arm)
-        return rotate(arm, cold_bytes, COPIES_SHARE * memory.available_bytes(self.kind))
 
     def memory(self, index: int) -> dict[str, Any]:
         """Peak memory of a solo pass."""
