@@ -158,6 +158,12 @@ def _lost(run: Path, kept: dict[str, str], where: str) -> list[str]:
     return lost
 
 
+def _lines(run: Path) -> int:
+    """Lines of the journal, a torn one too."""
+    journal = run / "journal.jsonl"
+    return len(journal.read_bytes().splitlines()) if journal.exists() else 0
+
+
 def _lengths_of_stages(suite: Suite, out: Path) -> dict[bytes, float]:
     """Seconds that a run spends in each stage, at the median of one that nothing disturbs."""
     running = Run(suite, out, resume=False)
@@ -179,12 +185,12 @@ def full(folder: Path, suite: Suite, count: int) -> dict[str, Any]:
         code = Run(suite, run, resume=False, max_file_bytes=size).end()
         said = run.with_suffix(".said")
         kept = journalled(run)
-        written = len(kept)
+        written, torn = len(kept), _lines(run) - len(kept)
         last = Run(suite, run, resume=True).end()
         faults = _lost(run, kept, "")
         runs.append({
             "run": run.name, "bytes": size, "code": code, "said": said.read_text() if said.exists() else "",
-            "kept": written, "last": last, "faults": faults,
+            "kept": written, "torn": torn, "last": last, "faults": faults,
         })  # fmt: skip
     return {"runs": runs}
 
