@@ -78,10 +78,9 @@ def _pairs(table: pd.DataFrame, arms: pd.DataFrame, wanted: tuple[str, ...]) -> 
 def _chosen(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
     """One control a point: point_id, key, control."""
     by = ["point_id", "key"]
-    counts = [pairs.groupby(by).agg(count=("beside", "size"), rank=("rank", "first"), control=("control", "first"))
-              for pairs in (old, new)]  # fmt: skip
-    both = counts[0].join(counts[1][["count"]], how="inner", rsuffix="_new").reset_index()
-    both["shared"] = np.minimum(both["count"], both["count_new"])
+    told = old.groupby(by).agg(count=("beside", "size"), rank=("rank", "first"), control=("control", "first"))
+    both = told.join(new.groupby(by).size().rename("count_new"), how="inner").reset_index()
+    both["shared"] = both[["count", "count_new"]].min(axis=1)
     best = both.sort_values(["shared", "rank", "key"], ascending=[False, True, True]).drop_duplicates("point_id")
     return best[[*by, "control"]]
 

@@ -6,10 +6,10 @@ the spread of replicates counts, and three of them say little about their own sp
 
 1. A moderated t (Smyth 2004, doi 10.2202/1544-6115.1027): each point's variance is drawn towards what all points
    show together, as strongly as they resemble each other.
-2. All replicates of a run share its evening. What differs between evenings, point by point, is in no replicate's spread.
-   It shows in the statistics of all points, most of which have not changed: where they scatter more than they should,
-   every interval is widened by as much (Devlin and Roeder 1999, doi 10.1111/j.0006-341X.1999.00997.x). Only by their
-   scatter: a shift of the whole run against its control is real.
+2. All replicates of a run share its evening. What differs between evenings, point by point, is in no replicate's
+   spread. It shows in the statistics of all points, most of which have not changed: where they scatter more than they
+   should, every interval is widened by as much (Devlin and Roeder 1999, doi 10.1111/j.0006-341X.1999.00997.x). Only by
+   their scatter: a shift of the whole run against its control is real.
 3. SLOWER and FASTER need a false-discovery rate below 5 % over all points (Benjamini and Hochberg 1995), a shift
    beyond the minimum effect, and ranks that agree (one-sided Mann-Whitney, 5 %; of three against three: every new
    value beyond every old one), so that one odd worker makes no verdict.
@@ -110,8 +110,8 @@ def _shifts(old: Floats, new: Floats, enough: Booleans) -> tuple[Floats, Floats,
 def scatter(z: Floats) -> float:
     """How much wider most normal scores lie than they should; at least 1.
 
-    Read from the shortest interval that holds two fifths of them (the shorth of Andrews et al. 1972, with two fifths for
-    a half): where one of two providers has become slower in all its points, the spread about a median would be the
+    Read from the shortest interval that holds two fifths of them (the shorth of Andrews et al. 1972, with two fifths
+    for a half): where one of two providers has become slower in all its points, the spread about a median would be the
     distance between the two crowds, and hide what made it.
     """
     from scipy import stats
