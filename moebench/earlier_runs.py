@@ -9,9 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from moebench.estimate import model_hash
+
 MOST_RUNS = 8  # the newest ones
 MEANINGFUL_S = 1.0  # a phase of which less was expected in all of them says nothing
-BOUNDS = (0.1, 10.0)
+SAME_SUITE, OTHER_SUITES = (0.1, 10.0), (0.5, 2.0)  # bounds of a factor: other suites have phases of another kind
 
 Manifest = dict[str, Any]
 
@@ -35,10 +37,11 @@ def known_from(folder: Path, device_kind: str, suite_hash: str | None = None) ->
     """What the runs in a folder tell, the newest first; where the very suite has been run before, that run alone."""
     found = [manifest for manifest in _manifests(folder) if manifest.get("device_kind") == device_kind]
     ceilings = next((manifest["ceilings"] for manifest in found if manifest.get("ceilings")), None)
-    whole = [manifest for manifest in found if is_whole(manifest)]
+    model = model_hash()
+    whole = [manifest for manifest in found if is_whole(manifest) and manifest.get("expected_by") == model]
     same = [manifest for manifest in whole if suite_hash and manifest.get("suite_hash") == suite_hash]
-    told = same[:1] or whole[:MOST_RUNS]
-    return Known(ceilings, factors_of(told), len(told))
+    told, bounds = (same[:1], SAME_SUITE) if same else (whole[:MOST_RUNS], OTHER_SUITES)
+    return Known(ceilings, factors_of(told, bounds), len(told))
 
 
 def _manifests(folder: Path) -> list[Manifest]:
@@ -61,14 +64,14 @@ def is_whole(manifest: Manifest) -> bool:
     return told and all(manifest.get(name) == value for name, value in asked.items())
 
 
-def factors_of(manifests: list[Manifest]) -> dict[str, float]:
+def factors_of(manifests: list[Manifest], bounds: tuple[float, float] = OTHER_SUITES) -> dict[str, float]:
     """Phase -> seconds taken over seconds expected, of whole runs together."""
     took: Counter[str] = Counter()
     expected: Counter[str] = Counter()
     for manifest in manifests:
         took.update(manifest["seconds"])
         expected.update(manifest["expected_seconds"])
-    low, high = BOUNDS
+    low, high = bounds
     return {
         phase: min(high, max(low, took[phase] / seconds))
         for phase, seconds in expected.items()

@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from moebench.block_run import BURST_S, MAX_BURST, MIN_ROUNDS
 from moebench.entry import yardstick_variants
 from moebench.measure.energy import find_meter
-from moebench.point import YARDSTICKS, Block, Point, Problem, Variant
+from moebench.point import YARDSTICKS, Block, Point, Problem, Variant, digest
 from moebench.suite import DeviceKind, Suite
 from moebench.suite_file import Budget
 from moebench.work import BYTES_PER_WEIGHT, expected_active, held_bytes, point_work, variant_work
@@ -109,6 +110,11 @@ def estimate_seconds(
     phases = {name: seconds * (factors or {}).get(name, 1.0) for name, seconds in phases.items()}
     seconds, total = sum(phases.values()), suite.budget.seconds_total
     return Estimate(seconds if total is None else min(seconds, total), basis, blocks, len(sample), phases)
+
+
+def model_hash() -> str:
+    """Changes with this file: what another model expected says nothing about this one."""
+    return digest(Path(__file__).read_text())
 
 
 def call_seconds(point: Point, rates: Rates) -> float:

@@ -15,7 +15,7 @@ from moebench import __version__
 from moebench.axes import shown
 from moebench.catalogue.cost import cost_inputs
 from moebench.catalogue.hardware import Hardware, match
-from moebench.estimate import estimate_seconds
+from moebench.estimate import estimate_seconds, model_hash
 from moebench.options import Options
 from moebench.point import YARDSTICKS, digest
 from moebench.record import Manifest
@@ -66,6 +66,7 @@ def new_manifest(
         providers=providers,
         points=suite.count(hello["device_kind"]).points,
         expected_seconds=_expected(suite, hello["device_kind"], ceilings),
+        expected_by=model_hash(),
         started_at=now(),
     )
 

@@ -229,6 +229,7 @@ class Manifest(BaseModel):
         finished: "complete", "interrupted", or null while running (or killed).
         seconds: wall time by phase (`moebench.stopwatch`), of all sessions that ended.
         expected_seconds: what `moebench.estimate` said of the whole suite, with these ceilings and nothing else.
+        expected_by: its `model_hash`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -273,3 +274,4 @@ class Manifest(BaseModel):
         return value
 
     expected_seconds: dict[str, float] = {}
+    expected_by: str | None = None

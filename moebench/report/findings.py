@@ -159,7 +159,7 @@ def _ceiling(found: dict[str, Any] | None) -> dict[str, Any] | None:
 def facts(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
     """The manifest as titled lists of (name, value)."""
     apart = {"suite_text", "versions", "machine", "ceilings", "hardware", "cost", "providers"}
-    run = manifest.model_dump(exclude=apart | {"seconds", "expected_seconds"})
+    run = manifest.model_dump(exclude=apart | {"seconds", "expected_seconds", "expected_by"})
     sections: list[tuple[str, Any]] = [
         ("Run", run),
         ("Machine", manifest.machine),

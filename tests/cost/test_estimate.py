@@ -12,8 +12,8 @@ from moebench_suites.harness_cost import Straw, estimate_rows, straw_suite
 from pipeline.tiny import write_suite
 
 from moebench import estimate
-from moebench.earlier_runs import BOUNDS, known_from
-from moebench.estimate import estimate_seconds
+from moebench.earlier_runs import OTHER_SUITES, SAME_SUITE, known_from
+from moebench.estimate import estimate_seconds, model_hash
 from moebench.manifest import suite_hash
 from moebench.options import Options
 from moebench.plan_text import plan_rows, plan_text
@@ -29,8 +29,8 @@ def manifest(folder: Path, name: str, **changes: Any) -> None:
     path.parent.mkdir(parents=True)
     whole = {
         "device_kind": "cpu", "finished": "complete", "sessions": 1, "shard": [1, 1], "check_only": False,
-        "suite_hash": "other", "ceilings": {"copy_gbs": 1.0},
-        "seconds": {"sampling": 30.0, "checking": 10.0}, "expected_seconds": {"sampling": 10.0, "checking": 20.0},
+        "suite_hash": "other", "ceilings": {"copy_gbs": 1.0}, "expected_by": model_hash(),
+        "seconds": {"sampling": 15.0, "checking": 12.0}, "expected_seconds": {"sampling": 10.0, "checking": 20.0},
     }  # fmt: skip
     path.write_text(json.dumps(whole | changes))
     time = 1e9 + len(list(folder.iterdir()))
@@ -56,7 +56,7 @@ def test_earlier_runs_are_taken_together_phase_by_phase(tmp_path: Path) -> None:
     manifest(tmp_path, "b", seconds={"sampling": 60.0}, expected_seconds={"sampling": 50.0, "checking": 0.0})
     known = known_from(tmp_path, "cpu")
     assert known.runs == 2
-    assert known.factors == {"sampling": 90.0 / 60.0, "checking": 0.5}
+    assert known.factors == {"sampling": 75.0 / 60.0, "checking": 0.6}
 
 
 def test_the_same_suite_before_tells_alone_and_its_newest_run(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_same_suite_before_tells_alone_and_its_newest_run(tmp_path: Path) ->
     "changes",
     [
         {"finished": "interrupted"}, {"finished": None}, {"sessions": 2}, {"shard": [1, 2]}, {"check_only": True},
-        {"device_kind": "cuda"}, {"seconds": None}, {"expected_seconds": None},
+        {"device_kind": "cuda"}, {"seconds": None}, {"expected_seconds": None}, {"expected_by": "another model"},
     ],
 )  # fmt: skip
 def test_a_run_that_was_not_measured_from_end_to_end_tells_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -92,7 +92,8 @@ def test_ceilings_are_the_newest_runs_even_of_one_that_was_interrupted(tmp_path:
 def test_phases_of_which_little_was_expected_say_nothing_and_factors_are_bounded(tmp_path: Path) -> None:
     told = {"sampling": 1000.0, "checking": 0.1, "memory": 9.0}
     manifest(tmp_path, "a", seconds=told, expected_seconds={"sampling": 10.0, "checking": 10.0, "memory": 0.5})
-    assert known_from(tmp_path, "cpu").factors == {"sampling": BOUNDS[1], "checking": BOUNDS[0]}
+    assert known_from(tmp_path, "cpu").factors == {"sampling": OTHER_SUITES[1], "checking": OTHER_SUITES[0]}
+    assert known_from(tmp_path, "cpu", "other").factors == {"sampling": SAME_SUITE[1], "checking": SAME_SUITE[0]}
 
 
 # The model
@@ -167,7 +168,10 @@ def test_estimates_are_held_against_whole_runs_of_shipped_suites_only(tmp_path: 
     assert row["took_s"] == 10.0
     assert row["nominal"] == estimate_seconds(suite, "cpu").seconds / 10
     assert row["ceilings"] == row["corrected"] == estimate_seconds(suite, "cpu", told["ceilings"]).seconds / 10
-    other = told | {"suite": "quick", "seconds": {"checking": 20.0}, "expected_seconds": {"checking": 10.0}}
+    other = json.loads(json.dumps(told)) | {"suite": "quick"}
+    expected = estimate_seconds(load_suite(["quick"]), "cpu", told["ceilings"]).phases["checking"]
+    other["seconds"] = {"checking": 1.5 * expected}
     row, _ = estimate_rows([told, other])
-    checking = estimate_seconds(suite, "cpu", told["ceilings"]).phases["checking"]
-    assert row["corrected"] - row["ceilings"] == pytest.approx(checking / 10), "from the other run, not from its own"
+    phases = estimate_seconds(suite, "cpu", told["ceilings"], {"checking": 1.5}).phases
+    assert row["corrected"] * 10 >= phases["checking"], "the other run's checks took longer, and so will these"
+    assert row["corrected"] < row["ceilings"], "its other phases took no time"
