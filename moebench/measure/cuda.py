@@ -33,9 +33,16 @@ MAX_HOLD_MS = 5.0  # a host slower than this shows up in the device time of "cud
 
 @dataclass(frozen=True)
 class CudaGraphTimer:
-    """Events around replays of one CUDA graph per draw."""
+    """Events around replays of one CUDA graph per draw.
+
+    Attributes:
+        graphs: by draw.
+        output: what the call of draw 0 returned when it was captured; its replay writes there. The other draws'
+            outputs are let go, so that the graphs can share their memory.
+    """
 
     graphs: list[torch.cuda.CUDAGraph]
+    output: object = None
     name: str = "cuda_graph"
     why: str = ""
 
@@ -47,7 +54,7 @@ class CudaGraphTimer:
 
     def once(self, call: Call, index: int) -> object:
         self.graphs[index % len(self.graphs)].replay()
-        return None
+        return self.output if index % len(self.graphs) == 0 else None
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def make_timer(call: Call, draws: int, wanted: str = "auto") -> Timer:
     reasons = [] if wanted in ("auto", "cuda_graph") else [ASKED]
     if not reasons:
         try:
-            return CudaGraphTimer(capture(call, draws))
+            return CudaGraphTimer(*capture(call, draws))
         except Exception as error:  # noqa: BLE001 - whatever a provider raises under capture, its plain call still counts
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -129,8 +136,8 @@ def _line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def capture(call: Call, draws: int) -> list[torch.cuda.CUDAGraph]:
-    """One graph per draw, each replayed once; all share one memory pool, since they never run together.
+def capture(call: Call, draws: int) -> tuple[list[torch.cuda.CUDAGraph], object]:
+    """One graph per draw, each replayed once, and the output of draw 0's; they never run together, and share memory.
 
     Raises:
         Exception: the call waits for the device, or cannot be captured for another reason, or
@@ -141,11 +148,12 @@ def capture(call: Call, draws: int) -> list[torch.cuda.CUDAGraph]:
         warnings.filterwarnings("error", message="The CUDA Graph is empty")
         _warm_on_side_stream(call, draws)
         pool = torch.cuda.graph_pool_handle()
-        graphs = [_capture_one(partial(call, index), pool) for index in range(draws)]
+        first, output = _capture_one(partial(call, 0), pool)
+        graphs = [first] + [_capture_one(partial(call, index), pool)[0] for index in range(1, draws)]
         for graph in graphs:
             graph.replay()
         torch.cuda.synchronize()
-    return graphs
+    return graphs, output
 
 
 def _warm_on_side_stream(call: Call, draws: int) -> None:
@@ -172,8 +180,8 @@ def _waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def _capture_one(call: Callable[[], object], pool: object) -> torch.cuda.CUDAGraph:
+def _capture_one(call: Callable[[], object], pool: object) -> tuple[torch.cuda.CUDAGraph, object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
-        call()
-    return graph
+        output = call()
+    return graph, output

@@ -82,6 +82,21 @@ def test_replays_do_not_run_the_call(gpu):
     assert [graph.replays for graph in timer.graphs] == [1, 2]
 
 
+def test_a_replay_gives_what_its_capture_returned_for_the_first_draw(gpu):
+    """What a recheck looks at; the other draws' outputs are let go with their memory."""
+    run, outputs = layer(gpu), []
+
+    def call(index):
+        run(index)
+        outputs.append(f"output {len(outputs)} of draw {index}")
+        return outputs[-1]
+
+    timer = cuda.make_timer(call, 2)
+    captured = outputs[-2]
+    assert captured.endswith("of draw 0")
+    assert [timer.once(call, index) for index in (0, 1, 2)] == [captured, None, captured]
+
+
 def test_a_call_that_waits_for_the_device_is_found_before_any_capture(gpu):
     ran = []
     timer = cuda.make_timer(waits(gpu, ran), 2)
