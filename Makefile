@@ -26,7 +26,8 @@ test-full: .venv/dev
 audit: .venv/run
 	.venv/bin/moebench audit --all $(ARGS)
 
-# The current commit into the history under .asv, its site in .asv/html; ends with 3 on a regression. docs/nightly.md.
+# The current commit into the history under .asv, its site in .asv/html. A regression is `Error 3`, for which GNU make
+# itself ends with 2. docs/nightly.md.
 nightly: .venv/nightly
 	.venv/bin/python -m moebench_suites.run_nightly $(ARGS)
 

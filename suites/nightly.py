@@ -10,6 +10,7 @@ and 99 % interval; asv does it and does not say so, hence `tests/nightly` looks.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ OUT = os.environ.get("MOEBENCH_NIGHTLY_OUT")  # keeps the run directory; else it
 HARNESS = [sys.executable, "-m", "moebench"]
 
 MANIFEST = "manifest.json"
-STARTED = (0, 1)  # exit codes of a run that went to its end: all good, or some point failed
+ENDED = (0, 1)  # exit codes of a run that went to its end, all good or not; 1 is also that of one that broke off
 GAP = float("nan")  # what asv takes for "not measured"
 POINTS = cases("cuda" if DEVICE == "cuda" else "cpu", SUITE)
 
@@ -34,9 +35,11 @@ def setup_cache() -> dict[str, Any]:
     """Measure the suite; case id -> numbers (`moebench_suites.nightly_numbers`)."""
     from moebench_suites.nightly_numbers import numbers_of
 
+    from moebench.suite import load_suite
+
     out = Path(OUT or "run").absolute()
     measure(out)
-    return numbers_of(out, POINTS)
+    return numbers_of(out, POINTS, load_suite([SUITE]).replicates)
 
 
 setup_cache.timeout = 4 * 3600  # type: ignore[attr-defined]
@@ -52,9 +55,14 @@ def measure(out: Path) -> None:
         shutil.rmtree(out)
     words = ["run", "suite", SUITE, "--out", str(out), "--device", DEVICE, "--no-report"]
     done = subprocess.run([*HARNESS, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode not in STARTED or not (out / MANIFEST).is_file():
+    if done.returncode not in ENDED or not _complete(out):
         said = "\n".join(done.stderr.splitlines()[-20:])
         raise RuntimeError(f"`moebench {' '.join(words)}` ended with exit code {done.returncode}:\n{said}")
+
+
+def _complete(out: Path) -> bool:
+    manifest = out / MANIFEST
+    return manifest.is_file() and json.loads(manifest.read_text())["finished"] == "complete"
 
 
 def tracked(found: dict[str, Any], case: str, number: str) -> Any:

@@ -22,8 +22,8 @@ CONTROLS = ("gemm", "read", "copy")  # yardsticks, the first that the block has:
 Numbers = dict[str, Any]
 
 
-def numbers_of(run: Path, points: Mapping[str, Point]) -> dict[str, Numbers]:
-    """Case id -> its numbers in a run directory.
+def numbers_of(run: Path, points: Mapping[str, Point], replicates: int) -> dict[str, Numbers]:
+    """Case id -> its numbers in a run directory that has so many replicates, if it is whole.
 
     Returns:
         For each case
@@ -36,19 +36,21 @@ def numbers_of(run: Path, points: Mapping[str, Point]) -> dict[str, Numbers]:
         ValueError: it is no run directory.
     """
     table = load_run(run).table
-    return {name: _numbers(table, _point_id(point)) for name, point in points.items()}
+    return {name: _numbers(table, _point_id(point), replicates) for name, point in points.items()}
 
 
 def _point_id(point: Point) -> str:
     return Block(point.problem, (point.variant,)).point_ids()[0]
 
 
-def _numbers(table: pd.DataFrame, point_id: str) -> Numbers:
+def _numbers(table: pd.DataFrame, point_id: str, replicates: int) -> Numbers:
     rows = table[table["point_id"] == point_id].sort_values("replicate")
     timed = rows[rows["status"] == "measured"]
+    if len(timed) < replicates:
+        timed = timed[:0]  # numbers of fewer processes are not the same numbers: a gap
     control, ratios = _over_control(table, timed)
     return {
-        "fault": _fault(rows),
+        "fault": _fault(rows, replicates),
         "device_ms": _balanced(timed["samples_ms"]),
         "wall_ms": _balanced(timed["wall_samples_ms"]),
         "over_control": ratios,
@@ -57,13 +59,13 @@ def _numbers(table: pd.DataFrame, point_id: str) -> Numbers:
     }
 
 
-def _fault(rows: pd.DataFrame) -> str | None:
-    """The first fault; a case that the run does not know at all is one."""
-    if rows.empty:
-        return "the run has no such point"
+def _fault(rows: pd.DataFrame, replicates: int) -> str | None:
+    """The first fault; a replicate that the run does not know, or did not reach, is one."""
     faulty = rows[rows["status"].isin(FAULTS)]
     found = [f"{row.status}: {row.reason}" for row in faulty.itertuples()]
-    return found[0] if found else None
+    if found:
+        return found[0]
+    return None if len(rows) == replicates else f"the run has {len(rows)} of {replicates} replicates of this point"
 
 
 def _balanced(samples: pd.Series) -> list[float]:
