@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any, Protocol
 
 from moebench.entry import Entry, entries_of, gemm_flops, plain
+from moebench.measure.energy_summary import summarise
 from moebench.measure.latency import SLOW_CALL_MS, enough, shortfall
 from moebench.measure.steadiness import unsteady
 from moebench.point import YARDSTICKS, Block, digest
@@ -58,9 +59,6 @@ class Settings:
     timer: str = "auto"
     cache: str = "cold"
     energy: bool = False
-    energy_window_s: float = 5.0
-    energy_trials: int = 3
-    energy_cool_down_s: float = 5.0
 
 
 class BlockRun:
@@ -223,12 +221,30 @@ class BlockRun:
             entry.fail("inaccurate", reply["wrong"])
 
     def _measure_energy(self, timed: list[Entry]) -> None:
-        settings = self.settings
+        """Windows in shuffled rounds, as samples are taken; one idle window stands for the block."""
         running = [entry for entry in timed if entry.live and entry.role == "arm"]
-        self._random.shuffle(running)
+        if not running:
+            return
+        idle = self._idle()
+        windows: dict[int, list[Reply]] = {entry.index: [] for entry in running}
+        for _ in range(0 if idle["source"] == "none" else self.settings.budget.energy_trials):
+            running = [entry for entry in running if entry.live]
+            self._random.shuffle(running)
+            for entry in running:
+                reply = self._ask(entry, "energy", **self._window())
+                windows[entry.index] += [reply] if reply else []
         for entry in running:
-            window = {"window_s": settings.energy_window_s, "cool_down_s": settings.energy_cool_down_s}
-            entry.energy = self._ask(entry, "energy", trials=settings.energy_trials, **window) or {}
+            entry.energy = summarise(idle, windows[entry.index])
+
+    def _idle(self) -> Reply:
+        reply = self.worker.ask("idle", deadline_s=self._deadline_s(do="idle"), **self._window())
+        if reply.get("fatal"):
+            raise WorkerLost("crashed", f"idle: {reply['reason']}")
+        return {"source": "none", "reason": reply["reason"]} if "status" in reply else reply
+
+    def _window(self) -> dict[str, float]:
+        budget = self.settings.budget
+        return {"window_s": budget.energy_window_seconds, "cool_down_s": budget.energy_cool_down_seconds}
 
     def _ask(self, entry: Entry, do: str, **arguments: Any) -> Reply | None:
         """Ask about one entry; None when that raised there, and then the entry has its status."""
@@ -259,7 +275,7 @@ class BlockRun:
     def _deadline_s(self, entry: Entry | None = None, do: str = "") -> float:
         settings = self.settings
         deadline = settings.budget.deadline_seconds + self._large_s
-        if do == "energy":
-            deadline += (settings.energy_trials + 1) * 2 * (settings.energy_window_s + settings.energy_cool_down_s)
+        if do in ("idle", "energy"):
+            deadline += 2 * sum(self._window().values())
         estimate_ms = entry.warmth.get("estimate_ms", 0.0) if entry else 0.0
         return deadline + MAX_BURST * 10 * float(estimate_ms) / 1e3

@@ -21,7 +21,7 @@ from typing import Any
 
 from moebench.block_run import BURST_S, MAX_BURST, MIN_ROUNDS
 from moebench.entry import yardstick_variants
-from moebench.measure.energy import find_meter
+from moebench.measure.energy_meters import find_meter
 from moebench.point import YARDSTICKS, Block, Point, Problem, Variant, digest
 from moebench.suite import DeviceKind, Suite
 from moebench.suite_file import Budget
@@ -50,9 +50,7 @@ WARM_CALLS, WARM_SECONDS = 10, 0.05  # two windows of the median and the first c
 SMALL_BYTES, COPIES = 48e6, 8  # weights of which copies rotate, each of them checked; a window then holds all of them
 SAMPLES = 24  # that a median on a shared machine takes to be known
 SLOW_CALL, SLOW_SAMPLES = 0.5, 6  # a slower call needs fewer
-ENERGY_SECONDS = (
-    40.0  # where there is a counter: idle window, then three windows of five seconds, a cool-down before each
-)
+ENERGY_LEAD = 1.1  # of an energy window, whose lead-in comes before it
 MAX_ARMS = 40  # evaluated of one block; more are sampled evenly
 
 Phases = dict[str, float]  # phase (`moebench.stopwatch`) -> seconds
@@ -169,6 +167,8 @@ def _block_phases(block: Block, suite: Suite, rates: Rates) -> Phases:
     beside = yardstick_variants(block) if timed else []
     yardsticks = _sum(_arm_phases(Point(problem, variant), suite, rates) for variant in beside)
     shared = {"building": _draws_seconds(problem), "checking": _oracle_seconds(block, rates)}
+    if arms.get("energy"):
+        shared["energy"] = _window_seconds(suite.budget)  # idle, once a block
     return _sum([_times(arms, number / len(some)), yardsticks, shared, _times(POINT_SECONDS, number)])
 
 
@@ -205,8 +205,12 @@ def _arm_phases(point: Point, suite: Suite, rates: Rates) -> Phases:
     found["checking"] += COMPILE_SECONDS.get(variant.provider, 0.0)
     found["memory"] = call + MEMORY_SECONDS[rates.kind]
     if suite.energy and _has_meter(rates.kind):
-        found["energy"] = ENERGY_SECONDS
+        found["energy"] = budget.energy_trials * _window_seconds(budget)
     return found
+
+
+def _window_seconds(budget: Budget) -> float:
+    return budget.energy_cool_down_seconds + ENERGY_LEAD * budget.energy_window_seconds
 
 
 @cache

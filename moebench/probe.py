@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from moebench.measure import device, energy, memory
+from moebench.measure import device, energy_meters, memory
 from moebench.providers import PROVIDERS, entry_points
 from moebench.providers.load import Unavailable, load
 from moebench.worker import Worker
@@ -32,7 +32,7 @@ def _provider(name: str, device_kind: str) -> dict[str, Any]:
 
 def _facts(hello: dict[str, Any]) -> list[list[str]]:
     kind = hello["device_kind"]
-    meter, why = energy.find_meter(kind)
+    meter, why = energy_meters.find_meter(kind)
     peak, no_peak = memory.peak_memory(lambda: None, kind)
     versions = ", ".join(f"{name} {version}" for name, version in hello["versions"].items())
     cache = device.llc_bytes(kind)

@@ -192,14 +192,33 @@ def _derived(entry: Entry, latency_ms: float, context: Context) -> dict[str, Any
     least = limit_ms(work, variant.precision, context.reached or context.ceilings)
     too_fast = cold and least is not None and least / latency_ms > CEILING_MARGIN
     numbers["flags"] = ["faster_than_ceiling"] if too_fast else []
-    joules = entry.energy.get("gross_j_per_call")
-    per_token = None if joules is None else joules / problem.tokens
-    net = entry.energy.get("net_j_per_call")
-    numbers["energy_source"] = entry.energy.get("source")
-    numbers["energy_j_per_token"] = per_token
-    numbers["energy_net_j_per_token"] = None if net is None else net / problem.tokens
+    numbers |= _energy(entry)
     numbers["flags"] += entry.energy.get("flags") or []
+    per_token = numbers["energy_j_per_token"]
     return numbers | cost(problem.tokens / latency_ms * 1e3, context.hardware, per_token)
+
+
+# Column -> what the summary of an arm's windows calls it, in joules of a call.
+ENERGY_COLUMNS = {
+    "energy_j_per_token": "gross_j_per_call",
+    "energy_j_per_token_low": "gross_j_per_call_low",
+    "energy_j_per_token_high": "gross_j_per_call_high",
+    "energy_net_j_per_token": "net_j_per_call",
+    "energy_second_j_per_token": "second_j_per_call",
+}
+
+
+def _energy(entry: Entry) -> dict[str, Any]:
+    """The columns of energy; all null where it was not asked for."""
+    found, tokens = entry.energy, entry.point.problem.tokens
+    joules = {column: found.get(name) for column, name in ENERGY_COLUMNS.items()}
+    return {
+        "energy_source": found.get("source"),
+        "energy_reason": found.get("reason"),
+        "energy_idle_w": found.get("idle_w"),
+        "energy_second_source": found.get("second_source"),
+        **{column: None if each is None else each / tokens for column, each in joules.items()},
+    }
 
 
 def _memory_flags(entry: Entry) -> list[str]:

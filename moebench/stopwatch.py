@@ -21,7 +21,8 @@ PHASE_OF = {
     "hello": "starting", "hold": "starting", "ceilings": "ceilings", "provider": "providers",
     "open": "building", "arm": "building", "yardstick": "building", "drop": "building",
     "check": "checking", "recheck": "checking", "warm": "warming", "memory": "memory",
-    "state_begin": "sampling", "burst": "sampling", "state_end": "sampling", "energy": "energy",
+    "state_begin": "sampling", "burst": "sampling", "state_end": "sampling", "idle": "energy",
+    "energy": "energy",
 }  # fmt: skip
 # Windows in which what was asked for is looked at; all else is what the harness costs. Making weights, inputs and
 # the providers' state (`building`) is named apart, since any benchmark would have to.

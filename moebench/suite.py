@@ -277,6 +277,9 @@ def _longest(budgets: list[Budget]) -> Budget:
         seconds_total=None if None in totals else sum(total or 0.0 for total in totals),
         min_samples=max(budget.min_samples for budget in budgets),
         deadline_seconds=max(budget.deadline_seconds for budget in budgets),
+        energy_window_seconds=max(budget.energy_window_seconds for budget in budgets),
+        energy_trials=max(budget.energy_trials for budget in budgets),
+        energy_cool_down_seconds=max(budget.energy_cool_down_seconds for budget in budgets),
     )
 
 

@@ -50,12 +50,17 @@ class Budget(_Strict):
         seconds_total: cap on the whole run; null: none. What it cuts off is `skipped`.
         min_samples: samples a point gets at least (fewer where one call takes over 0.5 s).
         deadline_seconds: a message to the worker that is not answered by then is a `timeout`.
+        energy_window_seconds, energy_trials, energy_cool_down_seconds: length and number of the energy windows of an
+            arm, and the rest before each.
     """
 
     seconds_per_point: float = Field(default=2.0, gt=0, le=86_400)
     seconds_total: float | None = Field(default=None, gt=0)
     min_samples: int = Field(default=10, ge=1, le=100_000)
     deadline_seconds: float = Field(default=120.0, gt=0, le=86_400)
+    energy_window_seconds: float = Field(default=5.0, ge=0.1, le=3600)
+    energy_trials: int = Field(default=3, ge=1, le=100)
+    energy_cool_down_seconds: float = Field(default=5.0, ge=0, le=3600)
 
 
 class Modes(_Strict):

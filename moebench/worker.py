@@ -15,13 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TextIO
 
 import torch
 
 from moebench.arm import Arm, make_case
 from moebench.bench import Bench
-from moebench.measure import ceilings, device, energy, latency, memory, modes
+from moebench.measure import ceilings, device, latency, memory, modes
+from moebench.measure.energy_meters import Meters, open_meters
 from moebench.point import QUANTISED_PRECISIONS, Problem, Variant, problem_from_json
 from moebench.providers.load import Unavailable, load
 from moebench.recheck import recheck
@@ -47,6 +49,7 @@ class Worker:
         self.timers: dict[int, latency.Timer] = {}
         self.probe: device.StateProbe | None = None
         self.held: modes.Modes | None = None
+        self.meters: Meters | None = None
         memory.pin_allocator()
 
     @property
@@ -167,20 +170,17 @@ class Worker:
         assert isinstance(arm, Arm)
         return recheck(arm, self.timers[index], latency_ms, self.kind)._asdict()
 
-    def energy(self, index: int, window_s: float, trials: int, cool_down_s: float) -> dict[str, Any]:
-        """Joules per call, or why there is no number."""
-        meter, reason = energy.find_meter(self.kind)
-        if meter is None:
-            return {"source": "none", "reason": reason}
+    def idle(self, window_s: float, cool_down_s: float) -> dict[str, Any]:
+        """One energy window in which nothing runs, or why there is no number."""
+        self.meters = self.meters or open_meters(self.kind)
+        return self.meters.window(None, window_s, cool_down_s)
+
+    def energy(self, index: int, window_s: float, cool_down_s: float) -> dict[str, Any]:
+        """One energy window of back-to-back calls, or why there is no number."""
+        self.meters = self.meters or open_meters(self.kind)
         timer, call = self.timers[index], self.arms[index].call
-        found = energy.measure_energy(
-            meter,
-            lambda seconds: latency.run_for(timer, call, seconds, device_kind=self.kind),
-            window_s=window_s,
-            trials=trials,
-            cool_down_s=cool_down_s,
-        )
-        return vars(found)
+        advance = partial(latency.run_for, timer, call, device_kind=self.kind)
+        return self.meters.window(advance, window_s, cool_down_s)
 
     def state_begin(self) -> dict[str, Any]:
         """Start watching the machine's state."""

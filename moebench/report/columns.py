@@ -84,4 +84,11 @@ FLAGS = {
     "energy_counter_stuck": "the energy counter did not move",
     "energy_noisy": "energy trials disagree",
     "energy_below_idle": "energy below idle power",
+    "energy_idle_unknown": "idle power was not counted, so no net energy",
+    "energy_counter_reset": "the energy counter was reset",
+    "energy_wrap_missed": "the energy counter may have wrapped unseen",
+    "energy_sources_disagree": "two sources of energy differ by more than 15 %",
+    "energy_shared_gpu": "other processes were on the GPU in an energy window",
+    "energy_throttled": "the GPU lowered its clock in an energy window",
+    "energy_temperatures_apart": "energy windows began at temperatures more than 10 °C apart",
 }

@@ -99,8 +99,14 @@ class Answers:
     def recheck(self, index: int, latency_ms: float) -> dict[str, Any]:
         return {"wrong": None, "flags": []}
 
-    def energy(self, index: int, window_s: float, trials: int, cool_down_s: float) -> dict[str, Any]:
-        return {"source": "none", "reason": "straw has no meter"}
+    def idle(self, window_s: float, cool_down_s: float) -> dict[str, Any]:
+        return {
+            "source": "straw", "joules": 60.0, "seconds": 1.0, "calls": 0, "ticked": True, "period_s": 0.01,
+            "max_watts": 1000.0, "wrap_missed": False, "beside": {"watts": {}},
+        }  # fmt: skip
+
+    def energy(self, index: int, window_s: float, cool_down_s: float) -> dict[str, Any]:
+        return {**self.idle(window_s, cool_down_s), "joules": 300.0, "calls": 100}
 
     def state_begin(self) -> dict[str, Any]:
         return {}

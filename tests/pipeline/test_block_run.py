@@ -134,14 +134,53 @@ def test_bursts_go_on_where_the_last_one_ended():
 def test_energy_is_asked_for_arms_and_only_when_the_suite_wants_it():
     crew = Crew()
     run(crew)
-    assert crew.asked("energy") == []
-    crew = Crew({("torch-bmm", "energy"): {"source": "nvml", "gross_j_per_call": 2.0}})
+    assert crew.asked("energy") == crew.asked("idle") == []
+    crew = Crew()
     entries = run(crew, energy=True)
-    assert {each.about for each in crew.asked("energy")} == set(ARMS)
-    assert steps(crew.workers[0])[-len(ARMS) :] == ["energy"] * len(ARMS)
-    assert entries["torch-bmm"].energy["gross_j_per_call"] == 2.0
+    order = steps(crew.workers[0])
+    assert order[-10:] == ["idle"] + ["energy"] * 9, "one idle window stands for the block"
+    assert entries["torch-bmm"].energy["gross_j_per_call"] == 3.0
     longest = max(each.deadline_s for each in crew.asked("burst"))
-    assert crew.asked("energy")[0].deadline_s > longest + 3 * (5.0 + 5.0)
+    assert all(each.deadline_s > longest + 15.0 for each in crew.asked("idle") + crew.asked("energy"))
+
+
+def test_energy_windows_come_in_shuffled_rounds():
+    """Whatever drifts over the minutes they take then hits every arm alike."""
+    crew = Crew()
+    run(crew, energy=True, budget={"energy_trials": 20})
+    asked = [each.about for each in crew.asked("energy")]
+    found = [tuple(asked[first : first + 3]) for first in range(0, 60, 3)]
+    assert all(set(names) == set(ARMS) for names in found)
+    assert len(set(found)) > 3
+
+
+@pytest.mark.parametrize("status", ["crashed", "timeout", "out_of_memory"])
+def test_who_dies_in_an_energy_window_is_lost_and_the_others_begin_anew(status):
+    windows = iter([{}, {}])
+    crew = Crew({("torch-bmm", "energy"): lambda: next(windows, WorkerLost(status, "energy: gone"))})
+    entries = run(crew, energy=True)
+    assert (entries["torch-bmm"].status, entries["torch-bmm"].reason) == (status, "energy: gone")
+    assert len(crew.workers) == 2
+    again = crew.workers[1]
+    assert len(again.messages("idle")) == 1
+    assert [each.about for each in again.messages("energy")].count("torch-loop") == 3
+    assert all(entries[name].energy["gross_j_per_call"] == 3.0 for name in ("torch-loop", "torch-grouped"))
+    assert set(entries["torch-loop"].samples_ms) == {2.0}
+
+
+def test_an_idle_window_that_raises_costs_the_energy_and_no_point():
+    crew = Crew({("", "idle"): {"status": "failed", "reason": "KeyError: no"}})
+    entries = run(crew, energy=True)
+    assert all(entry.live for entry in entries.values())
+    assert entries["torch-bmm"].energy == {"source": "none", "reason": "KeyError: no", "flags": []}
+    assert crew.asked("energy") == []
+
+
+def test_a_device_that_breaks_in_the_idle_window_costs_the_last_who_ran():
+    once = iter([{"status": "failed", "reason": "CUDA error: gone", "fatal": True}])
+    entries = run(Crew({("", "idle"): lambda: next(once, {})}), energy=True)
+    assert sum(entry.status == "crashed" for entry in entries.values()) == 1
+    assert sum("gross_j_per_call" in entry.energy for entry in entries.values()) == len(ARMS) - 1
 
 
 # When sampling stops

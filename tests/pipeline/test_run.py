@@ -145,19 +145,46 @@ def test_each_replicate_has_a_fresh_worker(tmp_path, crew):
 
 def test_energy_is_measured_where_the_suite_says_so(tmp_path, crew):
     go(tmp_path, suite_of(tmp_path, "energy = true\n", tokens=[4]))
-    rows = {row.provider: row for row in records(tmp_path / "run")}
-    assert rows["torch-bmm"].energy_source == "none"
-    assert rows["torch-bmm"].energy_j_per_token is None
+    assert [each.about for each in crew.asked("idle")] == [""]
     assert {each.about for each in crew.asked("energy")} == {"torch-loop", "torch-bmm"}
+    assert len(crew.asked("energy")) == 2 * 3
+    rows = {row.provider: row for row in records(tmp_path / "run")}
+    assert rows["copy"].energy_source is None, "a yardstick has none"
 
 
 def test_joules_of_a_call_become_joules_per_token(tmp_path, crew):
-    found = {"source": "nvml", "gross_j_per_call": 8.0, "net_j_per_call": 4.0, "flags": ["energy_noisy"]}
-    crew.cues["torch-bmm", "energy"] = found
+    joules = iter([800.0, 600.0, 900.0])  # of 100 calls of 4 tokens, of which 60 J would have gone while idle
+    crew.cues["torch-bmm", "energy"] = lambda: {"joules": next(joules), "beside": {"watts": {"zeus": 1000.0}}}
     go(tmp_path, suite_of(tmp_path, "energy = true\n", tokens=[4]))
     row = next(row for row in records(tmp_path / "run") if row.provider == "torch-bmm")
-    assert (row.energy_source, row.energy_j_per_token, row.energy_net_j_per_token) == ("nvml", 2.0, 1.0)
-    assert "energy_noisy" in row.flags
+    assert (row.energy_source, row.energy_reason, row.energy_idle_w) == ("straw", None, 60.0)
+    assert (row.energy_j_per_token_low, row.energy_j_per_token, row.energy_j_per_token_high) == (1.5, 2.0, 2.25)
+    assert row.energy_net_j_per_token == 1.85
+    assert (row.energy_second_source, row.energy_second_j_per_token) == ("zeus", 2.5)
+    assert row.flags == ["energy_noisy", "energy_sources_disagree"]
+
+
+def test_without_a_counter_there_is_a_reason_and_no_number(tmp_path, crew):
+    crew.cues["", "idle"] = {"source": "none", "reason": "no counter here"}
+    outcome = go(tmp_path, suite_of(tmp_path, "energy = true\n", tokens=[4]))
+    assert outcome.exit_code == 0
+    assert crew.asked("energy") == []
+    row = next(row for row in records(tmp_path / "run") if row.provider == "torch-bmm")
+    assert (row.status, row.energy_source, row.energy_reason) == ("measured", "none", "no counter here")
+    carried = [name for name in PERFORMANCE if name.startswith("energy_") and getattr(row, name) is not None]
+    assert carried == ["energy_source", "energy_reason"]
+
+
+def test_windows_are_as_many_and_as_long_as_the_suite_says(tmp_path, crew):
+    path = write_suite(tmp_path)
+    path.write_text("energy = true\n" + path.read_text().replace(
+        "[budget]\n", "[budget]\nenergy_trials = 2\nenergy_window_seconds = 0.5\nenergy_cool_down_seconds = 1.5\n"
+    ))  # fmt: skip
+    go(tmp_path, load_suite([str(path)]))
+    assert len(crew.asked("energy")) == 2 * 2 * len(crew.asked("idle")) > 0
+    asked = crew.asked("idle") + crew.asked("energy")
+    lengths = {(each.arguments["window_s"], each.arguments["cool_down_s"]) for each in asked}
+    assert lengths == {(0.5, 1.5)}
 
 
 @pytest.mark.parametrize(("available", "opened"), [(17_000, [["fp32", "bf16"]]), (15_000, [["fp32"], ["bf16"]])])
