@@ -15,7 +15,7 @@ from moebench.analyse.controls import NO_CONTROL, controlled
 from moebench.analyse.differences import changed_conditions, differences, require_comparable
 from moebench.analyse.load import Run
 from moebench.analyse.matched import NEW, OLD, Matched
-from moebench.analyse.verdicts import MIN_EFFECT, Floats, judge
+from moebench.analyse.verdicts import MIN_EFFECT, POINTS_FOR_SCATTER, Floats, judge
 from moebench.record import FAULTS, GOOD
 
 # Worst first, and so is the table.
@@ -75,8 +75,9 @@ def compare(old: Run, new: Run, control: str | None = None, min_effect: float = 
     warnings = differences(old, new) + changed_conditions(conditions)
     if control == NO_CONTROL:
         warnings.append("control none: nothing takes out what a day does to all latencies alike")
-    if not len(latency):
-        warnings.append("no point was timed in both runs")
+    if len(latency) < POINTS_FOR_SCATTER:
+        few = f"{len(latency)} points were timed in both runs"
+        warnings.append(f"{few}: what differs from day to day, point by point, shows from {POINTS_FOR_SCATTER} on")
     return Comparison(table.reset_index(drop=True), warnings, inflation)
 
 
@@ -95,7 +96,7 @@ def _latency(
     odd = said.set_axis(conditions["point_id"]).reindex(points.ids)
     usable = odd.isna().to_numpy()
     old, new = (np.where(usable[:, None], grid, np.nan) for grid in (against.old, against.new))
-    judged, inflation = judge(old, new, min_effect)
+    judged, inflation = judge(old, new, min_effect, against.groups)
     names = pd.Series(against.names, dtype=object)
     rows = _changes(points, judged).assign(metric="latency", unit="ms", control=names.where(names != "", None))
     rows.loc[names == "", "reason"] = f"no {control or 'yardstick'} was timed beside it in both runs"

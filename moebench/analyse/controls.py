@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from moebench.analyse.matched import Matched, grid_of
+from moebench.analyse.matched import NEW, Matched, grid_of
 from moebench.analyse.ratios import paired
 from moebench.analyse.verdicts import Floats
 from moebench.point import YARDSTICKS
@@ -22,11 +23,18 @@ OF_ALL_PRECISIONS = ("read", "copy")  # one of each stands in a block, whatever 
 
 
 class Controlled(NamedTuple):
-    """Log ratios to the control of both runs, [points, replicates], and the control of each point ("" for none)."""
+    """Every point over its control.
+
+    Attributes:
+        old, new: log ratios of both runs, [points, replicates].
+        names: the control of each point; "" where it has none.
+        groups: [points], equal where the control is one and the same; None where nothing was divided by.
+    """
 
     old: Floats
     new: Floats
     names: list[str]
+    groups: NDArray[np.int64] | None
 
 
 def controlled(points: Matched, control: str | None) -> Controlled:
@@ -41,7 +49,7 @@ def controlled(points: Matched, control: str | None) -> Controlled:
     if control == NO_CONTROL:
         with np.errstate(divide="ignore"):
             old, new = (np.log(grid) for grid in points.grids("latency_ms"))
-        return Controlled(old, new, [NO_CONTROL] * len(points.ids))
+        return Controlled(old, new, [NO_CONTROL] * len(points.ids), None)
     wanted = (control,) if control else BY_DEFAULT
     pairs = [_pairs(table, arms, wanted) for table, arms in zip(points.tables, points.arms, strict=True)]
     chosen = _chosen(*pairs)
@@ -53,7 +61,8 @@ def controlled(points: Matched, control: str | None) -> Controlled:
         for table, found in zip(points.tables, pairs, strict=True)
     )
     names = chosen.set_index("point_id")["control"].reindex(points.ids).fillna("")
-    return Controlled(old, new, list(names))
+    blocks = points.arms[NEW].drop_duplicates("point_id").set_index("point_id")["block_id"].reindex(points.ids)
+    return Controlled(old, new, list(names), pd.factorize(blocks + " " + names)[0].astype(np.int64))
 
 
 def _pairs(table: pd.DataFrame, arms: pd.DataFrame, wanted: tuple[str, ...]) -> pd.DataFrame:
