@@ -1,195 +1,158 @@
-"""Energy windows on replayed counters with a clock of their own."""
+"""Energy windows on sensors of straw with a clock of their own: ticks, lag, part-time looks, resets, wraps."""
 
-import sys
-from types import SimpleNamespace
+from dataclasses import asdict
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from moebench.measure.energy import NvmlMeter, RaplMeter, find_meter, measure_energy
-
-
-class ReplayMeter:
-    """A counter that integrates power over a fake clock and shows its last tick only."""
-
-    name = "replay"
-
-    def __init__(self, period_s=0.1, offset_s=0.03):
-        self.update_period_s, self.offset_s = period_s, offset_s
-        self.now = self.joules = self.shown = 0.0
-        self.next_tick = offset_s
-
-    def pass_s(self, seconds, watts):
-        end = self.now + seconds
-        while self.next_tick <= end:
-            self.joules += watts * (self.next_tick - self.now)
-            self.now, self.shown = self.next_tick, self.joules
-            self.next_tick += self.update_period_s
-        self.joules += watts * (end - self.now)
-        self.now = end
-
-    def read_j(self):
-        return self.shown
+from moebench.measure.energy import LEAD_PERIODS, LEAD_SHARE, MeterError
+from moebench.measure.energy_summary import summarise
+from tests.measure.energy_sensors import Sensor, bench_of
 
 
-class Bench:
-    """A call of `call_s` seconds at `busy_w`, on a machine that idles at `idle_w`."""
-
-    def __init__(self, meter, call_s=0.002, busy_w=300.0, idle_w=60.0):
-        self.meter, self.call_s, self.busy_w, self.idle_w = meter, call_s, busy_w, idle_w
-        self.slept, self.runs, self.calls = [], [], 0
-
-    def sleep(self, seconds):
-        self.slept.append(seconds)
-        self.meter.pass_s(seconds, self.idle_w)
-
-    def run_for(self, seconds):
-        self.runs.append(seconds)
-        begin, done = self.meter.now, 0
-        while not done or self.meter.now - begin < seconds:
-            watts = self.busy_w(self.meter.now) if callable(self.busy_w) else self.busy_w
-            self.meter.pass_s(self.call_s, watts)
-            done += 1
-        self.calls += done
-        return done
-
-    def measure(self, **options):
-        return measure_energy(self.meter, self.run_for, sleep=self.sleep, clock=lambda: self.meter.now, **options)
+def measure(bench, trials=3, **options):
+    """An idle window and some busy ones, as the parent sums them up."""
+    idle = asdict(bench.window(busy=False, **options))
+    return summarise(idle, [asdict(bench.window(**options)) for _ in range(trials)])
 
 
 def test_constant_power_gives_power_times_time_gross_and_net_apart():
-    found = Bench(ReplayMeter()).measure()
-    assert found.gross_j_per_call == pytest.approx(300 * 0.002, rel=0.01)
-    assert found.net_j_per_call == pytest.approx(240 * 0.002, rel=0.01)
-    assert found.idle_w == pytest.approx(60, rel=0.001)
-    assert found.spread < 0.01
-    assert (found.source, found.flags) == ("replay", ())
+    found = measure(bench_of())
+    assert found["gross_j_per_call"] == pytest.approx(300 * 0.002, rel=0.005)
+    assert found["net_j_per_call"] == pytest.approx(240 * 0.002, rel=0.005)
+    assert found["idle_w"] == pytest.approx(60, rel=0.005)
+    assert found["gross_j_per_call_low"] <= found["gross_j_per_call"] <= found["gross_j_per_call_high"]
+    assert (found["source"], found["reason"], found["flags"]) == ("sensor", None, [])
 
 
-@pytest.mark.parametrize("offset_s", [0.001, 0.05, 0.099])
-def test_the_counters_lag_costs_nothing_wherever_the_tick_falls(offset_s):
-    # Without opening and closing on a tick, a window of 1 s would be off by up to a tick's 8 %.
-    bench = Bench(ReplayMeter(offset_s=offset_s), call_s=0.0005)
-    found = bench.measure(window_s=1.0, trials=2, cool_down_s=0.25)
-    assert found.gross_j_per_call == pytest.approx(0.15, rel=0.01)
-    assert found.net_j_per_call == pytest.approx(0.12, rel=0.01)
+@settings(max_examples=60, deadline=None)
+@given(
+    watts=st.floats(5, 1000),
+    period=st.floats(0.01, 0.2),
+    offset=st.floats(0, 1),
+    lag=st.floats(0, 2),
+    duty=st.sampled_from([1.0, 0.5, 0.25]),
+    call_s=st.floats(0.001, 0.05),
+)
+def test_steady_power_is_known_to_a_tenth_of_a_tick_and_a_call(watts, period, offset, lag, duty, call_s):
+    """Wherever the tick falls, however far the sensor lags (up to two ticks) and however seldom it looks."""
+    sensor = Sensor(period, offset * period, lag * period, duty)
+    window = bench_of(sensor, call_s=call_s, busy_w=watts).window(window_s=60 * period, cool_down_s=3 * period)
+    off = (window.joules / window.calls) / (watts * call_s) - 1
+    assert abs(off) <= (period / 10 + call_s) / window.seconds + 1e-6
+    assert window.ticked
+    assert not window.wrap_missed
+    assert window.seconds >= 60 * period
+
+
+@pytest.mark.parametrize("lag_s", [0.0, 0.05, 0.15])
+def test_a_sensor_that_lags_does_not_count_the_rest_before(lag_s):
+    """A call of 300 W after a rest at 60 W; without a lead-in 150 ms of the rest would be in a window of a second."""
+    window = bench_of(Sensor(lag_s=lag_s), call_s=0.001).window(window_s=1.0)
+    assert window.joules / window.calls == pytest.approx(0.3, rel=0.012)
+
+
+@pytest.mark.parametrize("call_s", [0.003, 0.0071])
+def test_a_sensor_that_looks_a_quarter_of_the_time_sees_short_calls_on_average(call_s):
+    def hot_quarter(_now, part):
+        return 700.0 if part == 0 else 100.0
+
+    found = measure(bench_of(Sensor(duty=0.25), call_s=call_s, busy_w=hot_quarter))
+    assert found["gross_j_per_call"] == pytest.approx(250 * call_s, rel=0.03)
+    assert found["flags"] == []
+
+
+def test_calls_in_step_with_a_part_time_sensor_are_found_out_by_their_trials():
+    """It looks at the same quarter of every call; which one differs from window to window."""
+    bench = bench_of(Sensor(duty=0.25), call_s=0.1, busy_w=lambda _now, part: 700.0 if part == 0 else 100.0)
+    trials = []
+    for phase in (0.0, 0.013, 0.04):
+        bench.sleep(phase)
+        trials.append(asdict(bench.window()))
+    found = summarise(asdict(bench.window(busy=False)), trials)
+    assert abs(found["gross_j_per_call"] / 25 - 1) > 0.1, "the sensor is fooled"
+    assert "energy_noisy" in found["flags"], "and the flag says so"
 
 
 def test_a_call_longer_than_the_window_is_measured_whole():
-    found = Bench(ReplayMeter(), call_s=7.0).measure()
-    assert found.gross_j_per_call == pytest.approx(2100, rel=0.01)
+    found = measure(bench_of(call_s=7.0))
+    assert found["gross_j_per_call"] == pytest.approx(2100, rel=0.01)
 
 
-def test_the_default_is_three_windows_of_5_s_each_after_5_s_of_rest():
-    bench = Bench(ReplayMeter())
-    bench.measure()
-    assert bench.runs.count(5.0) == 3
-    assert bench.slept.count(5.0) == 5, "rest, the idle window, and a rest before each trial"
-    assert bench.slept[0] == 5.0
-    assert bench.calls * bench.call_s < 3 * (5.0 + 3 * 0.1), "aligning costs a few ticks a trial at most"
+def test_each_window_is_led_in_after_a_rest():
+    bench = bench_of()
+    bench.window()
+    assert bench.slept == [5.0]
+    assert bench.runs[0] == max(LEAD_SHARE * 5.0, LEAD_PERIODS * 0.1)
+    assert [each for each in bench.runs if each > 1] == [pytest.approx(5.0)]
+    assert bench.meter.now < 5.0 + 0.5 + 5.0 + 3 * 0.1, "aligning costs a few ticks at most"
 
 
-def test_the_median_trial_counts_and_trials_that_disagree_are_flagged():
-    # The second trial runs hot: power doubles between 22 and 32 s.
-    bench = Bench(ReplayMeter(), busy_w=lambda now: 600.0 if 22 < now < 32 else 300.0)
-    found = bench.measure()
-    assert found.gross_j_per_call == pytest.approx(0.6, rel=0.01)
-    assert found.spread > 0.5
-    assert found.flags == ("energy_noisy",)
+def test_an_idle_window_runs_nothing():
+    bench = bench_of()
+    window = bench.window(busy=False)
+    assert (bench.runs, window.calls, window.beside) == ([], 0, {"watts": {}})
+    assert window.joules / window.seconds == pytest.approx(60, rel=0.005)
 
 
-@pytest.mark.parametrize(("window_s", "flags"), [(1.0, ("energy_window_short",)), (5.0, ())])
-def test_a_window_of_few_ticks_is_flagged(window_s, flags):
-    assert Bench(ReplayMeter()).measure(window_s=window_s).flags == flags
+@pytest.mark.parametrize(("window_s", "short"), [(0.1, True), (1.0, True), (4.5, True), (5.0, False)])
+def test_a_window_of_few_ticks_is_flagged(window_s, short):
+    assert ("energy_window_short" in measure(bench_of(), window_s=window_s)["flags"]) is short
 
 
-def test_a_counter_that_stands_still_gives_null_and_not_zero():
-    meter = ReplayMeter(offset_s=1e9)
-    found = Bench(meter).measure()
-    assert found.gross_j_per_call is found.net_j_per_call is found.idle_w is found.spread is None
-    assert found.flags == ("energy_counter_stuck",)
-    assert meter.now < 60
+@pytest.mark.parametrize("sensor", [Sensor(sticks_at=0.0), Sensor(sticks_at=30.0), Sensor(sticks_at=26.0)])
+def test_a_counter_that_stands_still_gives_a_reason_and_no_number(sensor):
+    """From the beginning, between two windows, and inside one."""
+    found = measure(bench_of(sensor))
+    assert "gross_j_per_call" not in found
+    assert found["flags"] == ["energy_counter_stuck"]
+    assert "did not tick" in found["reason"]
+    assert sensor.now < 60, "it is not waited for"
 
 
-def test_net_energy_below_idle_is_kept_and_flagged():
-    found = Bench(ReplayMeter(), busy_w=50.0).measure()
-    assert found.net_j_per_call == pytest.approx(-10 * 0.002, rel=0.02)
-    assert found.flags == ("energy_below_idle",)
+def test_a_counter_that_was_reset_gives_a_reason_and_no_number():
+    found = measure(bench_of(Sensor(resets_at=29.0)))
+    assert "gross_j_per_call" not in found
+    assert found["flags"] == ["energy_counter_reset"]
+    assert found["source"] == "sensor"
 
 
-def package(folder, name="package-0", energy=0, span=1_000_000):
-    folder.mkdir(parents=True)
-    (folder / "name").write_text(name + "\n")
-    (folder / "energy_uj").write_text(f"{energy}\n")
-    (folder / "max_energy_range_uj").write_text(f"{span}\n")
-    return folder
+def test_a_counter_that_goes_away_raises_and_stops_what_watches_beside_it():
+    class Gone(Sensor):
+        def read_j(self):
+            if self.now > 7:
+                raise MeterError("gone")
+            return super().read_j()
+
+    class Watch:
+        ended = 0
+
+        def begin(self):
+            self.ended = 0
+
+        def end(self):
+            self.ended += 1
+            return {"watts": {"watch": 1.0}}
+
+    watch = Watch()
+    with pytest.raises(MeterError, match="gone"):
+        bench_of(Gone()).window(beside=[watch])
+    assert watch.ended == 1
 
 
-def test_rapl_sums_packages_and_nothing_else_and_undoes_the_wrap(tmp_path):
-    first = package(tmp_path / "intel-rapl:0", "package-0", energy=900_000)
-    second = package(tmp_path / "intel-rapl:1", "package-1", energy=100_000)
-    package(tmp_path / "intel-rapl:0:0", "core", energy=5)
-    package(tmp_path / "intel-rapl:2", "psys", energy=5)
-    meter, reason = find_meter("cpu", powercap=tmp_path)
-    assert reason is None
-    assert (meter.name, len(meter.packages)) == ("rapl", 2)
-    assert meter.read_j() == 0.0
-    (first / "energy_uj").write_text("200000")  # wrapped: 0.3 J on
-    (second / "energy_uj").write_text("150000")
-    assert meter.read_j() == pytest.approx(0.35)
-    (first / "energy_uj").write_text("100000")  # and again: 0.9 J on
-    assert meter.read_j() == pytest.approx(1.25)
+def test_what_is_read_beside_the_counter_goes_with_the_window():
+    class Watch:
+        def __init__(self, **seen):
+            self.seen, self.began = seen, False
 
+        def begin(self):
+            self.began = True
 
-def test_no_rapl_is_a_reason(tmp_path):
-    meter, reason = find_meter("cpu", powercap=tmp_path / "absent")
-    assert meter is None
-    assert "no RAPL package counter" in reason
+        def end(self):
+            assert self.began
+            return dict(self.seen)
 
-
-def test_rapl_for_root_only_is_a_reason(tmp_path, monkeypatch):
-    package(tmp_path / "intel-rapl:0")
-    monkeypatch.setattr("moebench.measure.energy._number", lambda path: (_ for _ in ()).throw(PermissionError(path)))
-    assert RaplMeter.find(tmp_path) == (None, "RAPL counters are readable by root only here (CVE-2020-8694)")
-
-
-class FakeNvmlError(Exception):
-    pass
-
-
-def fake_nvml(monkeypatch, **functions):
-    names = {"NVMLError": FakeNvmlError, "nvmlInit": lambda: None, "nvmlDeviceGetHandleByUUID": lambda uuid: uuid}
-    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(**(names | functions)))
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: SimpleNamespace(uuid=f"abc-{index}"))
-
-
-def refuse(*_):
-    raise FakeNvmlError("Not Supported")
-
-
-def test_nvml_reads_the_total_energy_of_the_device_found_by_uuid(monkeypatch):
-    asked = []
-    fake_nvml(monkeypatch, nvmlDeviceGetTotalEnergyConsumption=lambda handle: asked.append(handle) or 1500)
-    meter, reason = NvmlMeter.find(1)
-    assert reason is None
-    assert meter.read_j() == 1.5
-    assert set(asked) == {"GPU-abc-1"}
-    assert (meter.name, meter.update_period_s) == ("nvml", 0.1)
-
-
-def test_a_gpu_without_the_counter_is_a_reason(monkeypatch):
-    fake_nvml(monkeypatch, nvmlDeviceGetTotalEnergyConsumption=refuse)
-    meter, reason = find_meter("cuda")
-    assert meter is None
-    assert "no total-energy counter" in reason
-
-
-def test_no_driver_is_a_reason(monkeypatch):
-    fake_nvml(monkeypatch, nvmlInit=refuse)
-    assert find_meter("cuda") == (None, "NVML: Not Supported")
-
-
-def test_no_library_is_a_reason(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    meter, reason = find_meter("cuda")
-    assert meter is None
-    assert "nvidia-ml-py is not installed" in reason
+    gpu, zeus = Watch(watts={"nvml_power": 290.0}, temperature_c=[40, 60]), Watch(watts={"zeus": 301.0})
+    window = bench_of().window(beside=[gpu, zeus])
+    assert window.beside == {"watts": {"nvml_power": 290.0, "zeus": 301.0}, "temperature_c": [40, 60]}
