@@ -189,27 +189,22 @@ def rates(noise: Noise, plan: Plan, slowed: int, change: float, pairs: int, seed
     )
 
 
+CHANGES = ((0, 0.0), (1, 0.05), (10, 0.05), (100, 0.05), (200, 0.05), (1, 0.10), (1, 0.30), (10, 0.01))
+DAYS = ((2, Plan(), 0, 0.0), (2, Plan(), 1, 0.05), (5, Plan(), 0, 0.0), (2, Plan(blocks=1, arms=5), 0, 0.0))
+
+
 def scenarios() -> list[tuple[str, str, Noise, Plan, int, float]]:
     """What the table of docs/compare.md shows: level, what differs, and how it is made."""
     found = []
     for level, noise in LEVELS.items():
-        for slowed, change in (
-            (0, 0.0),
-            (1, 0.05),
-            (10, 0.05),
-            (100, 0.05),
-            (200, 0.05),
-            (1, 0.10),
-            (1, 0.30),
-            (10, 0.01),
-        ):
+        for slowed, change in CHANGES:
             found.append((level, "3 replicates, 200 points", noise, Plan(), slowed, change))
         found.append((level, "3 replicates, 20 points", noise, Plan(blocks=1), 1, 0.05))
         found.append((level, "3 replicates, 4 points", noise, Plan(blocks=1, arms=4), 1, 0.05))
         found.append((level, "10 replicates, 200 points", noise, Plan(replicates=10), 1, 0.05))
-        daily = replace(noise, day=2 * noise.placement)
-        found.append((level, "days differ by twice the placement", daily, Plan(), 0, 0.0))
-        found.append((level, "days differ by twice the placement", daily, Plan(), 1, 0.05))
+        for size, plan, slowed, change in DAYS:
+            what = f"{plan.points} points, days differ by {size} x placement"
+            found.append((level, what, replace(noise, day=size * noise.placement), plan, slowed, change))
     return found
 
 
