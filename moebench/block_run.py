@@ -221,17 +221,23 @@ class BlockRun:
             entry.fail("inaccurate", reply["wrong"])
 
     def _measure_energy(self, timed: list[Entry]) -> None:
-        """Windows in shuffled rounds, as samples are taken; one idle window stands for the block."""
+        """Windows in shuffled rounds, as samples are taken; one idle window stands for the block.
+
+        A window ends on a tick, and the rest after it is some whole ticks long: without a shift all windows of an arm
+        would meet a sensor that looks part of the time in the same phase (arXiv 2312.02741).
+        """
         running = [entry for entry in timed if entry.live and entry.role == "arm"]
         if not running:
             return
         idle = self._idle()
         windows: dict[int, list[Reply]] = {entry.index: [] for entry in running}
-        for _ in range(0 if idle["source"] == "none" else self.settings.budget.energy_trials):
+        trials = 0 if idle["source"] == "none" else self.settings.budget.energy_trials
+        for trial in range(trials):
+            shift_s = idle.get("period_s", 0.0) * trial / trials
             running = [entry for entry in running if entry.live]
             self._random.shuffle(running)
             for entry in running:
-                reply = self._ask(entry, "energy", **self._window())
+                reply = self._ask(entry, "energy", **self._window(shift_s))
                 windows[entry.index] += [reply] if reply else []
         for entry in running:
             entry.energy = summarise(idle, windows[entry.index])
@@ -240,11 +246,11 @@ class BlockRun:
         reply = self.worker.ask("idle", deadline_s=self._deadline_s(do="idle"), **self._window())
         if reply.get("fatal"):
             raise WorkerLost("crashed", f"idle: {reply['reason']}")
-        return {"source": "none", "reason": reply["reason"]} if "status" in reply else reply
+        return {"source": "unknown", "reason": reply["reason"]} if "status" in reply else reply
 
-    def _window(self) -> dict[str, float]:
+    def _window(self, shift_s: float = 0.0) -> dict[str, float]:
         budget = self.settings.budget
-        return {"window_s": budget.energy_window_seconds, "cool_down_s": budget.energy_cool_down_seconds}
+        return {"window_s": budget.energy_window_seconds, "cool_down_s": budget.energy_cool_down_seconds + shift_s}
 
     def _ask(self, entry: Entry, do: str, **arguments: Any) -> Reply | None:
         """Ask about one entry; None when that raised there, and then the entry has its status."""

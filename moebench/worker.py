@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -276,7 +277,9 @@ def serve(worker: object, requests: queue.Queue[str | None], replies: TextIO) ->
 def _read_requests(requests: queue.Queue[str | None]) -> None:
     for line in sys.stdin:
         requests.put(line)
-    # The parent closed the pipe, or died: nobody waits for what is being computed.
+    # The parent closed the pipe, or died: nobody waits for what is being computed, nor for what this process started.
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(0)
 
 

@@ -76,6 +76,7 @@ class Window:
         ticked: whether the counter moved where the window opened and where it closed.
         period_s, max_watts: the meter's.
         wrap_missed: whether the counter was left unread for so long that it may have wrapped unseen.
+        jumped: whether it went back, or on faster than any power, between two readings.
         beside: "watts": {second source: mean W}; of a GPU also "temperature_c": [before, after],
             "throttle_reasons" and "other_processes".
     """
@@ -88,6 +89,7 @@ class Window:
     period_s: float
     max_watts: float
     wrap_missed: bool
+    jumped: bool
     beside: dict[str, Any] = field(default_factory=dict)
 
 
@@ -129,7 +131,7 @@ def measure_window(
         each.begin()
     try:
         begin = _next_tick(meter, run, clock)
-        calls, gap_s = _run(meter, run, window_s, clock)
+        calls, gap_s, jumped = _run(meter, run, window_s, clock)
         end = _next_tick(meter, run, clock)
     finally:  # a call may raise, and nothing goes on watching then
         seen = _seen(beside)
@@ -142,6 +144,7 @@ def measure_window(
         period_s=meter.update_period_s,
         max_watts=meter.max_watts,
         wrap_missed=gap_s > meter.wrap_s,
+        jumped=jumped,
         beside=seen,
     )
 
@@ -155,16 +158,18 @@ def _seen(beside: Sequence[Beside]) -> dict[str, Any]:
     return found
 
 
-def _run(meter: EnergyMeter, advance: Advance, seconds: float, clock: Clock) -> tuple[int, float]:
-    """Advance, reading a counter that wraps often enough; (the calls it took, the longest time without a reading)."""
-    end, calls, longest_s = clock() + seconds, 0, 0.0
+def _run(meter: EnergyMeter, advance: Advance, seconds: float, clock: Clock) -> tuple[int, float, bool]:
+    """Advance, reading a counter that wraps often enough: calls, the longest time without a reading, any jump."""
+    end, calls, longest_s, jumped = clock() + seconds, 0, 0.0, False
+    joules, at = meter.read_j(), clock()
     while True:
-        before = clock()
-        calls += advance(min(max(end - before, 0.0), meter.wrap_s / READS_PER_WRAP))
-        meter.read_j()
-        longest_s = max(longest_s, clock() - before)
-        if clock() >= end:
-            return calls, longest_s
+        calls += advance(min(max(end - at, 0.0), meter.wrap_s / READS_PER_WRAP))
+        step, took = meter.read_j() - joules, clock() - at
+        jumped |= not 0 <= step <= meter.max_watts * (took + meter.update_period_s)
+        longest_s = max(longest_s, took)
+        joules, at = joules + step, at + took
+        if at >= end:
+            return calls, longest_s, jumped
 
 
 def _next_tick(meter: EnergyMeter, advance: Advance, clock: Clock) -> _Mark:

@@ -79,10 +79,10 @@ def _fault(window: Data) -> tuple[str | None, str] | None:
     if not window["ticked"]:
         return "energy_counter_stuck", "the counter did not tick while the window opened or closed"
     watts = window["joules"] / window["seconds"]
-    if not 0 < watts <= window["max_watts"]:
-        return "energy_counter_reset", f"the counter was reset or has wrapped: {watts:.4g} W is no power"
     if window["wrap_missed"]:
         return "energy_wrap_missed", "one call outlasted a turn of the counter, which may have wrapped unseen"
+    if window["jumped"] or not 0 < watts <= window["max_watts"]:
+        return "energy_counter_reset", f"the counter was reset: it jumped, and says {watts:.4g} W over the window"
     return None
 
 

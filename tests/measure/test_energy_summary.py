@@ -6,7 +6,7 @@ from moebench.measure.energy_summary import summarise
 
 IDLE = {
     "source": "nvml", "joules": 300.0, "seconds": 5.0, "calls": 0, "ticked": True, "period_s": 0.1,
-    "max_watts": 5000.0, "wrap_missed": False, "beside": {"watts": {}},
+    "max_watts": 5000.0, "wrap_missed": False, "jumped": False, "beside": {"watts": {}},
 }  # fmt: skip
 BUSY = {**IDLE, "joules": 1500.0, "calls": 1000}
 
@@ -49,10 +49,11 @@ def test_without_an_idle_window_gross_stands_alone(change):
     ("change", "flags", "reason"),
     [
         ({"ticked": False}, ["energy_counter_stuck"], "did not tick"),
-        ({"joules": -7.0}, ["energy_counter_reset"], "-1.4 W is no power"),
-        ({"joules": 0.0}, ["energy_counter_reset"], "0 W is no power"),
-        ({"joules": 26_000.0}, ["energy_counter_reset"], "5200 W is no power"),
-        ({"wrap_missed": True}, ["energy_wrap_missed"], "may have wrapped unseen"),
+        ({"joules": -7.0}, ["energy_counter_reset"], "says -1.4 W"),
+        ({"joules": 0.0}, ["energy_counter_reset"], "says 0 W"),
+        ({"joules": 26_000.0}, ["energy_counter_reset"], "says 5200 W"),
+        ({"jumped": True}, ["energy_counter_reset"], "it jumped"),
+        ({"wrap_missed": True, "jumped": True}, ["energy_wrap_missed"], "may have wrapped unseen"),
         ({"reason": "NVML: gone"}, [], "NVML: gone"),
     ],
 )

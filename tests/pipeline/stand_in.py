@@ -102,7 +102,7 @@ class Answers:
     def idle(self, window_s: float, cool_down_s: float) -> dict[str, Any]:
         return {
             "source": "straw", "joules": 60.0, "seconds": 1.0, "calls": 0, "ticked": True, "period_s": 0.01,
-            "max_watts": 1000.0, "wrap_missed": False, "beside": {"watts": {}},
+            "max_watts": 1000.0, "wrap_missed": False, "jumped": False, "beside": {"watts": {}},
         }  # fmt: skip
 
     def energy(self, index: int, window_s: float, cool_down_s: float) -> dict[str, Any]:

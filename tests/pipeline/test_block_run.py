@@ -168,12 +168,20 @@ def test_who_dies_in_an_energy_window_is_lost_and_the_others_begin_anew(status):
     assert set(entries["torch-loop"].samples_ms) == {2.0}
 
 
-def test_an_idle_window_that_raises_costs_the_energy_and_no_point():
+def test_an_idle_window_that_raises_costs_net_energy_and_no_point():
     crew = Crew({("", "idle"): {"status": "failed", "reason": "KeyError: no"}})
     entries = run(crew, energy=True)
     assert all(entry.live for entry in entries.values())
-    assert entries["torch-bmm"].energy == {"source": "none", "reason": "KeyError: no", "flags": []}
-    assert crew.asked("energy") == []
+    found = entries["torch-bmm"].energy
+    assert (found["source"], found["gross_j_per_call"], found["net_j_per_call"]) == ("straw", 3.0, None)
+    assert found["flags"] == ["energy_idle_unknown"]
+
+
+def test_windows_of_an_arm_differ_in_phase():
+    crew = Crew()
+    run(crew, energy=True, budget={"energy_cool_down_seconds": 1.0})
+    rests = [each.arguments["cool_down_s"] for each in crew.asked("energy") if each.about == "torch-bmm"]
+    assert rests == pytest.approx([1.0, 1.0 + 0.01 / 3, 1.0 + 0.02 / 3], abs=1e-9)
 
 
 def test_a_device_that_breaks_in_the_idle_window_costs_the_last_who_ran():

@@ -184,7 +184,7 @@ def test_windows_are_as_many_and_as_long_as_the_suite_says(tmp_path, crew):
     assert len(crew.asked("energy")) == 2 * 2 * len(crew.asked("idle")) > 0
     asked = crew.asked("idle") + crew.asked("energy")
     lengths = {(each.arguments["window_s"], each.arguments["cool_down_s"]) for each in asked}
-    assert lengths == {(0.5, 1.5)}
+    assert lengths == {(0.5, 1.5), (0.5, 1.5 + 0.01 / 2)}, "the second trial half a tick later in phase"
 
 
 @pytest.mark.parametrize(("available", "opened"), [(17_000, [["fp32", "bf16"]]), (15_000, [["fp32"], ["bf16"]])])
