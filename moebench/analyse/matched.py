@@ -109,5 +109,7 @@ def _flags_of(arms: pd.DataFrame) -> dict[Hashable, set[str]]:
 
 
 def _flags_text(old: set[str] | None, new: set[str] | None) -> str | None:
-    named = [f"{name}: {', '.join(sorted(flags))}" for name, flags in (("old", old), ("new", new)) if flags]
-    return "; ".join(named) or None
+    """'both: cache_resident; new: contended', or None."""
+    old, new = old or set(), new or set()
+    parts = (("both", old & new), ("old", old - new), ("new", new - old))
+    return "; ".join(f"{name}: {', '.join(sorted(flags))}" for name, flags in parts if flags) or None
