@@ -32,8 +32,8 @@ class Sensor:
     wrap_s: float = math.inf
     max_watts: float = 5000.0
     now: float = 0.0
-    _times: list[float] = field(default_factory=lambda: [0.0])
-    _joules: list[float] = field(default_factory=lambda: [0.0])
+    _times: list[float] = field(default_factory=lambda: [-1.0, 0.0])
+    _joules: list[float] = field(default_factory=lambda: [0.0, 0.0])
     _looked: list[float] = field(default_factory=lambda: [0.0])  # counted up to the start of each period
 
     def pass_s(self, seconds: float, watts: float) -> None:
