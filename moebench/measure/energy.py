@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-PATIENCE = 5  # ticks waited for before a counter is called stuck
+PATIENCE, PATIENCE_S = 5, 0.5  # ticks and seconds waited for before a counter is called stuck
 LEAD_SHARE, LEAD_PERIODS = 0.1, 5  # of a window and of ticks: clocks have risen and a lagging sensor sees the calls
 READS_PER_WRAP = 4
 
@@ -176,7 +176,7 @@ def _next_tick(meter: EnergyMeter, advance: Advance, clock: Clock) -> _Mark:
     """Advance in tenths of a period until the counter moves."""
     period = meter.update_period_s
     before, calls = meter.read_j(), 0
-    deadline = clock() + PATIENCE * period
+    deadline = clock() + max(PATIENCE * period, PATIENCE_S)
     while True:
         calls += advance(period / 10)
         joules, at = meter.read_j(), clock()

@@ -64,8 +64,10 @@ DETAILS = (
     "replicate", "timer", "timer_reason", "cache", "wall_ms", "first_call_ms", "prepare_ms",
     "gbytes_per_s", "executed_flops", "limit_ms", "rel_error",
     "max_error", "active_experts", "active_over_uniform", "load_entropy", "load_gini", "collapsed_experts",
-    "most_experts_per_token", "balance_loss", "energy_source",
-    "energy_net_j_per_token", "gco2_per_mtok", "rounds", "samples", "suite", "run_id", "block_id",
+    "most_experts_per_token", "balance_loss", "energy_source", "energy_reason",
+    "energy_j_per_token_low", "energy_j_per_token_high", "energy_net_j_per_token", "energy_idle_w",
+    "energy_second_source", "energy_second_j_per_token", "gco2_per_mtok", "rounds", "samples", "suite", "run_id",
+    "block_id",
 )  # fmt: skip
 
 FLAGS = {

@@ -128,8 +128,8 @@ def why_absent(group: str, measured: pd.DataFrame, manifests: list[Manifest]) ->
     """Why no row carries this quantity."""
     devices = ", ".join(dict.fromkeys(manifest.device for manifest in manifests))
     if group == "energy":
-        sources = set(measured["energy_source"].dropna()) - {"none"}
-        return "the meter gave no usable window" if sources else f"no energy source was read on {devices}"
+        reason = next(iter(measured["energy_reason"].dropna()), None)
+        return f"no energy source was read on {devices}" + (f" ({reason})" if reason else "")
     if group == "cost":
         return f"no price is known for {devices}; --hardware FILE brings your own"
     if group in ("S-MFU", "S-MBU"):

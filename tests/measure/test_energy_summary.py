@@ -1,8 +1,13 @@
 """What windows say together, from their numbers alone."""
 
+import re
+from pathlib import Path
+
 import pytest
 
+from moebench.measure import energy_summary
 from moebench.measure.energy_summary import summarise
+from moebench.report.columns import FLAGS
 
 IDLE = {
     "source": "nvml", "joules": 300.0, "seconds": 5.0, "calls": 0, "ticked": True, "period_s": 0.1,
@@ -99,3 +104,10 @@ def test_what_the_gpu_went_through_is_flagged_each_once():
     warm = beside(temperature_c=[60, None], throttle_reasons=[], other_processes=None)
     assert summarise(IDLE, windows(warm, cool | beside(temperature_c=[50, 70]), warm))["flags"] == []
     assert summarise(IDLE, windows(beside(temperature_c=[None, None])))["flags"] == []
+
+
+def test_every_flag_is_explained_in_the_report_and_in_the_documentation():
+    raised = set(re.findall(r'"(energy_[a-z_]+)[":]', Path(energy_summary.__file__).read_text()))
+    assert raised == {name for name in FLAGS if name.startswith("energy_")}
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    assert all(re.search(rf"\| `{name}[`:]", page) for name in raised)

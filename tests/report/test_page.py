@@ -3,11 +3,13 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 from analyse.tables import record
 from report.synthetic import HOSTILE, make_manifest, make_run
 
 from moebench.analyse import write_results
+from moebench.report.findings import why_absent
 from moebench.report.html import embedded_json, write_report
 from moebench.report.markdown import escaped, write_markdown
 
@@ -66,6 +68,8 @@ def test_what_is_missing_says_why(pages):
     text = text_of(pages["quick"])
     assert "no energy source was read on Synthetic CPU" in text
     assert "no price is known for Synthetic CPU" in text
+    rows = pd.DataFrame({"energy_reason": [None, "RAPL is readable by root only"]})
+    assert why_absent("energy", rows, []).endswith("(RAPL is readable by root only)")
     assert "slow arm left out at 256 tokens" in text
 
 
