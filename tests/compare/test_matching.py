@@ -168,3 +168,34 @@ def test_flat_rows_hold_nothing_that_json_has_no_word_for() -> None:
     rows = flat_rows(compare(*pair()).table)
     assert all(value is None or isinstance(value, (str, bool, int, float)) for row in rows for value in row.values())
     assert not any(isinstance(value, float) and not np.isfinite(value) for row in rows for value in row.values())
+
+
+@pytest.mark.parametrize(
+    ("column", "metric", "then", "now", "verdict"),
+    [
+        ("peak_memory_bytes", "memory", 100 << 20, 102 << 20, "SAME"),  # 2 %
+        ("peak_memory_bytes", "memory", 1 << 20, (2 << 20) - 1, "SAME"),  # under a MiB
+        ("peak_memory_bytes", "memory", 100 << 20, 104 << 20, "HIGHER"),
+        ("rel_error", "error", 1e-3, 1.4e-3, "SAME"),
+        ("rel_error", "error", 1e-3, 1.6e-3, "HIGHER"),
+        ("rel_error", "error", 1e-7, 9e-7, "SAME"),  # float32's own
+        ("fidelity_error", "fidelity error", 0.0, 0.1, "HIGHER"),
+        ("fidelity_error", "fidelity error", 0.1, 0.0, "LOWER"),
+    ],
+)
+def test_what_has_next_to_no_noise_changes_by_a_factor_and_by_an_amount(
+    column: str, metric: str, then: float, now: float, verdict: str
+) -> None:
+    old, new = pair()
+    old.table[column], new.table[column] = then, now
+    found = compare(old, new).table
+    assert set(found[found["metric"] == metric]["verdict"]) == {verdict}
+
+
+def test_replicates_that_overlap_are_no_verdict_on_memory() -> None:
+    old, new = pair()
+    old.table["peak_memory_bytes"] = old.table["replicate"].map([100 << 20, 100 << 20, 200 << 20].__getitem__)
+    new.table["peak_memory_bytes"] = new.table["replicate"].map([150 << 20, 160 << 20, 170 << 20].__getitem__)
+    found = compare(old, new).table
+    row = found[found["metric"] == "memory"].iloc[0]
+    assert (row["verdict"], row["reason"]) == ("UNSURE", "the replicates of both runs overlap")
