@@ -176,7 +176,7 @@ class Crew:
 
 
 def pause(here: str) -> None:
-    """Where STAND_IN_PAUSE names this place, touch STAND_IN_MARK and hang until there is a file of that name with `.on`.
+    """Where STAND_IN_PAUSE names this place, touch STAND_IN_MARK and hang until it has a file with `.on` beside it.
 
     Only once, since the mark stays.
     """

@@ -129,7 +129,8 @@ def test_a_full_disk_leaves_whole_blocks(journal, monkeypatch, call):
 def limited(journal, size):
     """Append the block (b, c) in a process whose files cannot grow past `size` bytes."""
     program = (
-        "import sys; from pathlib import Path; from moebench.journal import Journal; from moebench.record import Record\n"
+        "import sys; from pathlib import Path\n"
+        "from moebench.journal import Journal; from moebench.record import Record\n"
         "records = [Record.model_validate_json(line) for line in sys.stdin]\n"
         "try: Journal(Path(sys.argv[1])).append(records)\n"
         "except OSError as error: print(error.strerror)\n"

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moebench.analyse import write_results
-from moebench.point import STAGES
 from moebench.journal import Journal
+from moebench.point import STAGES
 from moebench.record import Manifest, Record
 
 D, F, E, K, LAYERS = 2048, 1024, 64, 8, 16
