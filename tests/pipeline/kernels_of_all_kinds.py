@@ -49,6 +49,11 @@ def hangs(*_):
     time.sleep(1e6)
 
 
+def hangs_beside_a_child(*_):
+    subprocess.Popen(["sleep", "1000"])
+    time.sleep(1e6)
+
+
 def segfaults(*_):
     ctypes.string_at(0)
 

@@ -1,10 +1,16 @@
 """The real worker, one for all these tests: what it answers, also when a kernel raises, lies or prints."""
 
+import json
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from pipeline.stand_in import Answers
+from pipeline.tiny import environment
 
 from moebench.catalogue.spec import LayerSpec
 from moebench.entry import plain
@@ -190,7 +196,33 @@ def test_when_the_parent_goes_the_worker_goes_in_the_middle_of_what_it_runs(doom
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.5)
     process.stdin.close()
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=10) == -signal.SIGKILL
+
+
+def test_when_the_parent_dies_what_a_provider_has_started_goes_too(tmp_path):
+    """Nobody is left then who could end it; a `Remote`, which lives on here, would."""
+    messages = [
+        {"do": "hello", "device_kind": "cpu"}, {"do": "open", **OPENED},
+        {"do": "arm", "index": 0, "variant": plain(Variant(f"{KERNELS}:hangs_beside_a_child"))},
+        {"do": "check", "index": 0},
+    ]  # fmt: skip
+    with (tmp_path / "log").open("wb") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "moebench.worker"], stdin=subprocess.PIPE, stdout=log, stderr=log,
+            env=environment(), text=True, start_new_session=True,
+        )  # fmt: skip
+    worker.stdin.write("".join(json.dumps(message) + "\n" for message in messages))
+    worker.stdin.flush()
+    deadline = time.monotonic() + 60
+    while not (children := psutil.Process(worker.pid).children()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert children, (tmp_path / "log").read_text()
+    worker.stdin.close()
+    worker.wait(timeout=10)
+    gone, left = psutil.wait_procs(children, timeout=10)
+    for child in left:
+        child.kill()
+    assert gone == children
 
 
 @pytest.mark.parametrize(
