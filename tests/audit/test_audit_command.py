@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from watching import gone, within
+from watching import gone, heed_ctrl_c, within
 
 from moebench.audit.run import Request, audit
 from moebench.cli import main
@@ -272,7 +272,7 @@ def test_ctrl_c_and_death_leave_no_process(tmp_path, sign):
     pids = tmp_path / "pids"
     process = subprocess.Popen(
         [sys.executable, "-m", "moebench", "audit", HANGING], env={**os.environ, "AUDIT_TEST_PIDS": str(pids)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     try:
         assert within(60, pids.exists)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from watching import gone, within
+from watching import gone, heed_ctrl_c, within
 
 from moebench.audit.rows import are_facts
 from moebench.audit.run import Request, audit
@@ -82,7 +82,7 @@ def test_a_file_that_never_ends_goes_with_the_audit(tmp_path, sign):
     endless = f"import os\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\nwhile True: pass"
     (tmp_path / "endless.py").write_text(endless)
     words = [sys.executable, "-m", "moebench", "audit", str(tmp_path / "endless.py")]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=dict(os.environ), preexec_fn=heed_ctrl_c)
     assert within(60, lambda: pid.exists() and pid.read_text())
     process.send_signal(sign)
     begin = time.monotonic()

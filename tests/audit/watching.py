@@ -1,5 +1,6 @@
 """Processes seen from outside, and waiting for what they do."""
 
+import signal
 import time
 from pathlib import Path
 
@@ -24,3 +25,8 @@ def within(seconds, condition):
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
     return condition()
+
+
+def heed_ctrl_c() -> None:
+    """In a child: a test run that a shell started in the background ignores SIGINT, and so would the child."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

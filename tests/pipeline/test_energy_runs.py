@@ -66,10 +66,8 @@ def test_joules_of_the_real_worker_reach_the_row(tmp_path, metered):
         assert (row.energy_source, row.energy_reason) == ("steady", None)
         assert row.energy_idle_w == pytest.approx(WATTS, rel=0.1)
         assert 0 < row.energy_j_per_token_low <= row.energy_j_per_token <= row.energy_j_per_token_high
-        # Of a call of some tens of microseconds: a whole window would be a thousand times as much.
-        per_call_s = row.energy_j_per_token * row.tokens / WATTS
-        assert per_call_s < 50 * row.latency_ms / 1e3
-        assert per_call_s > row.latency_ms / 1e3 / 50
+        # Of a call of some tens of microseconds, on a busy machine some milliseconds; a whole window is 0.1 s.
+        assert 1e-6 < row.energy_j_per_token * row.tokens / WATTS < 0.05
         assert row.energy_second_source is None
     assert rows["gemm"].energy_source is None
 
