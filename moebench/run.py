@@ -208,6 +208,7 @@ class _Run:
     def _start_worker(self) -> TimedWorker:
         with self.watch.phase("starting"):
             self.worker = TimedWorker(self.start(self.directory.log, {"PYTHONUNBUFFERED": "1"}), self.watch)
+            import scipy.stats  # noqa: F401 - needed later: half a second or more, while the worker has its own to do
         try:
             hello = self.worker.ask("hello", deadline_s=START_DEADLINE_S, device_kind=self.options.device)
         except WorkerLost as lost:

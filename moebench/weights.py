@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of a base precision
 BIAS_STD = 0.1
 COSINE_TEMPERATURE = 0.6931471805599453  # log 2, where Tutel starts
+PART = 1 << 22  # numbers that one thread draws at a time
 GATE = "gate "  # before the names of the gate's further weights
 
 
@@ -141,7 +143,10 @@ def make_weights(layer: LayerSpec, precision: str, device: str, seed: int) -> We
 
     def draw(*shape: int, std: float | None = None) -> Tensor:
         value = torch.empty(shape, dtype=DTYPES[base_precision(precision)], device=device)
-        return value.normal_(std=max(1, shape[-1]) ** -0.5 if std is None else std, generator=generator)
+        scale = max(1, shape[-1]) ** -0.5 if std is None else std
+        if value.device.type == "cpu" and value.numel() >= 2 * PART:
+            return _fill_in_parts(value, scale, generator)
+        return value.normal_(std=scale, generator=generator)
 
     shapes = gate_shapes(layer)
     gates = SHARED_GATES
@@ -157,6 +162,19 @@ def make_weights(layer: LayerSpec, precision: str, device: str, seed: int) -> We
         gate={name: _gate_weight(name, shape, layer, draw, seed) for name, shape in shapes.items()},
     )
     return quantise(weights, precision) if precision in QUANTISED_PRECISIONS else weights
+
+
+def _fill_in_parts(value: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """Normal numbers on all threads, where PyTorch draws on one. Each part has its own seed, whichever thread fills it."""
+    parts = value.view(-1).split(PART)
+    seeds = torch.empty(len(parts), dtype=torch.int64).random_(generator=generator).tolist()
+
+    def fill(part: Tensor, seed: int) -> Tensor:
+        return part.normal_(std=std, generator=torch.Generator().manual_seed(seed))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(fill, parts, seeds))
+    return value
 
 
 def _gate_weight(name: str, shape: tuple[int, ...], layer: LayerSpec, draw: Callable[..., Tensor], seed: int) -> Tensor:

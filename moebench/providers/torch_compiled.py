@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,14 +43,14 @@ def traces_grouped(case: Case) -> bool:
 
 
 def compile_for(case: Case) -> ExpertsFn:
-    """The experts function of the case, compiled at its first call."""
+    """The experts function of the case, compiled at its first call, which is also when the compiler is imported."""
     activation, slots, experts = case.activation, case.slots, case.layer.routed_experts
     if traces_grouped(case):
-        grouped: Callable[..., Tensor] = torch.compile(grouped_form, fullgraph=True)
+        grouped: Callable[[], Callable[..., Tensor]] = cache(lambda: torch.compile(grouped_form, fullgraph=True))
         drops = case.drops
-        return lambda x, ids, gates, w_gate_up, w_down: grouped(x, ids, gates, w_gate_up, w_down, activation, drops)
-    bmm: Callable[..., Tensor] = torch.compile(bmm_form, fullgraph=True)
-    return lambda x, ids, gates, w_gate_up, w_down: bmm(
+        return lambda x, ids, gates, w_gate_up, w_down: grouped()(x, ids, gates, w_gate_up, w_down, activation, drops)
+    bmm: Callable[[], Callable[..., Tensor]] = cache(lambda: torch.compile(bmm_form, fullgraph=True))
+    return lambda x, ids, gates, w_gate_up, w_down: bmm()(
         x, ids, gates, w_gate_up, w_down, activation, slots or torch_bmm.largest_load(ids, experts)
     )
 

@@ -16,6 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from pipeline.stand_in import Answers, StandIn
 from pipeline.tiny import write_suite
 
 from moebench import run as product
+from moebench.analyse.compare import compare, flat_rows
 from moebench.analyse.load import load_run
 from moebench.catalogue.describe import describe
 from moebench.catalogue.families import families
@@ -154,6 +156,16 @@ def read_run(path: Path) -> None:
     write_report([path.parent], path.parent / "report.html")
 
 
+def read_compared(path: Path) -> None:
+    """As `moebench compare` does, with the whole run before and after."""
+    (path.parent / "results.parquet").unlink(missing_ok=True)
+    whole = load_run(path.parent.parent / "whole")
+    other = replace(whole, manifest=whole.manifest.model_copy(update={"run_id": "another"}))
+    run = load_run(path.parent)
+    for old, new in ((other, run), (run, other)):
+        json.dumps(flat_rows(compare(old, new).table), allow_nan=False)
+
+
 SUITES: dict[str, Suite] = {}
 
 
@@ -180,6 +192,7 @@ KINDS = {
     "journals": Kind(make_journal, read_journal),
     "manifests": Kind(make_manifest, read_manifest),
     "reports": Kind(make_run, read_run),
+    "comparisons": Kind(make_run, read_compared),
 }
 
 

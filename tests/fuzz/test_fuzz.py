@@ -1,4 +1,4 @@
-"""Ten thousand spoiled suites, config.json files, journals and manifests: a line, never a traceback and never a hang.
+"""Ten thousand spoiled suites, config.json files, journals and manifests: a line, never a traceback, never a hang.
 
 FUZZ_SEED takes another ten thousand (`any`: others each time), FUZZ_TIMES multiplies them.
 """
@@ -20,7 +20,7 @@ from pipeline.tiny import CHECKOUT, environment
 from moebench.suite_file import tomllib
 
 # Kind -> files, and the least share of them that is taken and that is refused: both paths have to be walked.
-COUNTS = {"suites": 3500, "configs": 3500, "journals": 2000, "manifests": 900, "reports": 100}
+COUNTS = {"suites": 3500, "configs": 3500, "journals": 2000, "manifests": 800, "reports": 100, "comparisons": 100}
 BOTH = 0.05
 
 
