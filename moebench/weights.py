@@ -165,7 +165,7 @@ def make_weights(layer: LayerSpec, precision: str, device: str, seed: int) -> We
 
 
 def _fill_in_parts(value: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """Normal numbers on all threads, where PyTorch draws on one. Each part has its own seed, whichever thread fills it."""
+    """Normal numbers on all threads, where PyTorch draws on one. Each part has its own seed, whoever fills it."""
     parts = value.view(-1).split(PART)
     seeds = torch.empty(len(parts), dtype=torch.int64).random_(generator=generator).tolist()
 
