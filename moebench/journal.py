@@ -64,7 +64,7 @@ class Journal:
         keys = _hashes((key.point_id, key.replicate) for key in self._parsed(Key))
         stands = np.zeros(len(keys), dtype=bool)
         stands[len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]] = True
-        for record, last in zip(self.lines(), stands, strict=True):
+        for record, last in zip(self.lines(), stands, strict=False):  # a run may still be adding lines
             if last:
                 yield record
 
