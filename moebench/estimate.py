@@ -44,6 +44,7 @@ COMPILE_SECONDS = {"torch-compile": 4.0}  # twice that where nothing is cached y
 INTERPRETER_SECONDS, INTERPRETER_EXPERT_SECONDS, TWIN_TOKENS = 0.3, 0.06, 16
 PROBES = 2  # of the ceilings, beside one for each precision
 ORACLE_TOKENS = 256
+GRADIENT_PASSES = 3  # over the stack's gradient for each expert: zeros written, then read and added
 CHECK_CALLS, CHECK_READINGS = 14, 4  # before the race and after it; readings of all weights for what may have changed
 YARDSTICK_CHECK_CALLS = 4
 WARM_CALLS, WARM_SECONDS = 10, 0.05  # two windows of the median and the first call; and no shorter than this
@@ -127,11 +128,21 @@ def call_seconds(point: Point, rates: Rates) -> float:
     # All experts on all tokens: E/K times the FLOPs of the chosen ones, and all weights for the active ones.
     flops = work.flops * (layer.routed_experts / layer.top_k if dense else 1.0)
     moved = work.compulsory_bytes * (max(1.0, _idle(point)) if dense else 1.0)
+    moved += _slices_bytes(point)
     compute = flops / rates.flops[variant.precision] / COMPUTE_SHARE
     memory = moved / rates.bandwidth / MEMORY_SHARE[rates.kind]
     launches = expected_active(layer, point.problem.tokens) if variant.provider == "torch-loop" else 1.0
     backward = 3.0 if point.problem.direction == "forward_backward" else 1.0
     return max(compute, memory) + CALL_OVERHEAD[rates.kind] * launches * backward
+
+
+def _slices_bytes(point: Point) -> float:
+    """What autograd moves where a loop takes each expert out of the stack: each time a gradient of all of them."""
+    layer, tokens = point.problem.layer, point.problem.tokens
+    if point.variant.provider != "torch-loop" or point.problem.direction != "forward_backward":
+        return 0.0
+    stack = layer.routed_experts * layer.expert_params() * BYTES_PER_WEIGHT[point.variant.precision]
+    return GRADIENT_PASSES * expected_active(layer, tokens) * stack
 
 
 def _idle(point: Point) -> float:
