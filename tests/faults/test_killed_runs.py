@@ -47,7 +47,7 @@ def test_a_hundred_kills_lose_nothing(tmp_path):
 
 
 def test_files_that_end_at_any_size_lose_nothing(tmp_path):
-    """From nothing to nine tenths of the largest: every write of a run is the first that fails in some of them."""
+    """From nothing to three quarters of the largest: every write of a run is the first that fails in some of them."""
     seen = yard(tmp_path, "full", 24)["runs"]
     for run in seen:
         path = tmp_path / run["run"]
