@@ -148,10 +148,8 @@ class Arm:
     def changed_input(self) -> str | None:
         """The first of the timed inputs that is not as it was made, or None."""
         for buffer, before in zip(self.buffers, self.input_sums, strict=True):
-            now = sums_of(buffer.tensors())
-            for name, sums in before.items():
-                if not torch.equal(sums, now[name]):
-                    return name
+            if changed := _unequal(sums_of(buffer.tensors()), before):
+                return changed[0]
         return None
 
     @contextmanager

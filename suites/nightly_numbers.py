@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from moebench.analyse.controls import BY_DEFAULT
 from moebench.analyse.load import load_run
 from moebench.analyse.ratios import paired
 from moebench.point import Block, Point
 from moebench.record import FAULTS
 
-CONTROLS = ("gemm", "read", "copy")  # yardsticks, the first that the block has: as `moebench compare` chooses
 Numbers = dict[str, Any]
 
 
@@ -84,7 +84,7 @@ def _over_control(table: pd.DataFrame, timed: pd.DataFrame) -> tuple[str | None,
         return None, []
     first = timed.iloc[0]
     block = (table["block_id"] == first["block_id"]) & (table["status"] == "measured")
-    for name in CONTROLS:
+    for name in BY_DEFAULT:  # as `moebench compare` chooses
         same = table["precision"].eq(first["precision"]) if name == "gemm" else True
         controls = table[block & (table["provider"] == name) & same]
         both = timed[["replicate"]].assign(top=timed.index).merge(
