@@ -49,6 +49,9 @@ PROVIDERS: dict[str, Listing] = {
     "torch-bmm": Listing("moebench.providers.torch_bmm:PROVIDER", "capacity-padded batched GEMM (GShard style)"),
     "torch-grouped": Listing("moebench.providers.torch_grouped:PROVIDER", "torch.nn.functional.grouped_mm"),
     "torch-compile": Listing("moebench.providers.torch_compiled:PROVIDER", "torch.compile of the grouped or bmm form"),
+    "torch-compile-max-autotune": Listing(
+        "moebench.providers.torch_compiled:MAX_AUTOTUNE", "the same, its GEMMs chosen by a race of templates"
+    ),
     "torch-dense": Listing("moebench.providers.torch_dense:PROVIDER", "all experts on all tokens, weighted"),
     "triton": Listing("moebench.providers.triton:PROVIDER", "moebench's own Triton kernels"),
     "dense-ffn": Listing(

@@ -2,13 +2,16 @@
 
 Inductor takes grouped_mm in bfloat16 only, so fp32 and fp16 compile the bmm
 form; its slot count, when dropless, is read outside the compiled function.
+torch-compile-max-autotune is the same with the compiler's own race of GEMM
+templates; CUDA graphs are left to the harness, which gives them to every arm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from itertools import count
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -42,15 +45,33 @@ def traces_grouped(case: Case) -> bool:
     return case.precision == "bf16" and torch_grouped.limits(case) is None
 
 
-def compile_for(case: Case) -> ExpertsFn:
-    """The experts function of the case, compiled at its first call, which is also when the compiler is imported."""
+def alone(function: FunctionType) -> FunctionType:
+    """A copy that the compiler takes for another function.
+
+    It remembers by file, line and name which sizes have changed from call to call, and compiles later cases for any
+    size: slower code for a case only because another one came before it. It also gives up after eight.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_COPIES)}")
+    return FunctionType(code, function.__globals__, code.co_name)
+
+
+_COPIES = count()
+
+
+@lru_cache(maxsize=64)
+def compile_for(case: Case, mode: str | None = None) -> ExpertsFn:
+    """The experts function of the case, compiled at its first call, which is also when the compiler is imported.
+
+    One for all copies of the layer's weights that rotate.
+    """
     activation, slots, experts = case.activation, case.slots, case.layer.routed_experts
+    compiled = cache(lambda form: torch.compile(alone(form), fullgraph=True, mode=mode))
     if traces_grouped(case):
-        grouped: Callable[[], Callable[..., Tensor]] = cache(lambda: torch.compile(grouped_form, fullgraph=True))
         drops = case.drops
-        return lambda x, ids, gates, w_gate_up, w_down: grouped()(x, ids, gates, w_gate_up, w_down, activation, drops)
-    bmm: Callable[[], Callable[..., Tensor]] = cache(lambda: torch.compile(bmm_form, fullgraph=True))
-    return lambda x, ids, gates, w_gate_up, w_down: bmm()(
+        return lambda x, ids, gates, w_gate_up, w_down: compiled(grouped_form)(
+            x, ids, gates, w_gate_up, w_down, activation, drops
+        )
+    return lambda x, ids, gates, w_gate_up, w_down: compiled(bmm_form)(
         x, ids, gates, w_gate_up, w_down, activation, slots or torch_bmm.largest_load(ids, experts)
     )
 
@@ -62,10 +83,15 @@ def rows_executed(case: Case, counts: Tensor) -> float:
 
 @dataclass(frozen=True)
 class CompiledProvider(ExpertsProvider):
-    """An experts function that is compiled for its case."""
+    """An experts function that is compiled for its case; `mode` is torch.compile's."""
+
+    mode: str | None = None
 
     def bind(self, case: Case) -> ExpertsFn:
-        return compile_for(case)
+        return compile_for(case, self.mode)
 
 
 PROVIDER = CompiledProvider("torch-compile", bmm_form, flops_executed=rows_executed)
+MAX_AUTOTUNE = CompiledProvider(
+    "torch-compile-max-autotune", bmm_form, flops_executed=rows_executed, mode="max-autotune-no-cudagraphs"
+)

@@ -10,7 +10,7 @@ from core_arms import arm_of, bench_of, layer_of, verdict_of
 
 from moebench.point import Capacity
 from moebench.providers.case import Case
-from moebench.providers.torch_compiled import PROVIDER, traces_grouped
+from moebench.providers.torch_compiled import MAX_AUTOTUNE, PROVIDER, traces_grouped
 from moebench.rotation import rotate
 
 
@@ -32,6 +32,37 @@ def test_executed_flops_are_those_of_the_form() -> None:
     assert padded["executed_flops"] == plain["executed_flops"] > padded["kept"] * 6 * 32 * 16
     kept = arm_of(PROVIDER, bench_of(layer_of(), traffic="zipf:2", precision="bf16"), precision="bf16").routing_facts()
     assert kept["executed_flops"] == kept["kept"] * 6 * 32 * 16
+
+
+def test_a_case_is_compiled_for_its_own_sizes_whatever_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler remembers sizes by function: a second layer would be compiled for any size, a ninth refused."""
+    traced: list[list[Any]] = []
+
+    def record(graph: Any, inputs: list[Any]) -> Any:
+        traced.append(inputs)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **more: compiler(function, backend=record))
+    for number in range(1, 11):
+        layer = layer_of(hidden=16 * number)
+        arm_of(PROVIDER, bench_of(layer, tokens=2 * number, precision="bf16"), precision="bf16").call(0)
+    assert len(traced) == 10
+    assert all(isinstance(value, torch.Tensor) for inputs in traced for value in inputs)
+    assert not any(isinstance(size, torch.SymInt) for inputs in traced for value in inputs for size in value.shape)
+
+
+def test_max_autotune_leaves_graphs_to_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **more: modes.append(more["mode"]) or function)
+    for provider in (PROVIDER, MAX_AUTOTUNE):
+        arm_of(provider, bench_of(layer_of())).call(0)
+    assert modes == [None, "max-autotune-no-cudagraphs"]
+
+
+@pytest.mark.slow
+def test_max_autotune_against_the_oracle() -> None:
+    assert verdict_of("torch-compile-max-autotune", layer_of(8, 2, hidden=64, ffn=32), 21).wrong is None
 
 
 @pytest.mark.slow

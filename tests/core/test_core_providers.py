@@ -35,7 +35,7 @@ def passes(provider: str, layer: LayerSpec, tokens: int = 37, **more: Any) -> No
 def test_the_table_is_covered() -> None:
     """A provider of ours that is added must be added here; those of other libraries, in tests/providers."""
     ours = {name for name, listing in PROVIDERS.items() if listing.needs is None}
-    assert ours - set(LAYER_FORMS) == {*EAGER, "torch-compile", "triton"}
+    assert ours - set(LAYER_FORMS) == {*EAGER, "torch-compile", "torch-compile-max-autotune", "triton"}
 
 
 @pytest.mark.parametrize("scope", ["experts", "layer"])
