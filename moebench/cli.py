@@ -16,6 +16,7 @@ from moebench.cli_trace import trace
 from moebench.cli_tune import tune
 
 if TYPE_CHECKING:
+    from moebench.catalogue.hardware import Hardware
     from moebench.options import Options
     from moebench.run import Outcome
     from moebench.suite import Suite
@@ -95,6 +96,7 @@ def run() -> None:
 @click.option("--shard", metavar="I/N", default="1/1", help="Run only the I-th of N shares of the blocks.")
 @click.option("--no-report", is_flag=True, help="Leave out report.html.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, its size and estimated time; measure nothing.")
+@click.option("--for", "elsewhere", metavar="NAME", help="With --dry-run: on this device of `list hardware`, not here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome (or the plan) as JSON on stdout.")
 def run_suite(
     sources: tuple[str, ...],
@@ -108,6 +110,7 @@ def run_suite(
     shard: str,
     no_report: bool,
     dry_run: bool,
+    elsewhere: str | None,
     as_json: bool,
 ) -> None:
     """Measure a suite and write its report; `quick` when none is named.
@@ -120,6 +123,7 @@ def run_suite(
       moebench run suite decode --set model=qwen3-30b-a3b --set tokens=1,8,64
       moebench run suite --provider my_kernel.py:experts
       moebench run suite sweep --dry-run
+      moebench run suite h200-decode --dry-run --for H200-SXM-141GB
       moebench run suite quick --out run1 --resume
     """
     from moebench.suite import load_suite, parse_shard
@@ -128,11 +132,13 @@ def run_suite(
     overrides = _overrides(sets) | ({"provider": names} if names else {})
     suite = load_suite(sources or (DEFAULT_SUITE,), overrides, add_providers=added)
     share = parse_shard(shard)
+    if elsewhere and not dry_run:
+        raise click.UsageError("--for plans for a device that need not be here; it goes with --dry-run")
     if dry_run:
-        from moebench.catalogue.hardware import hardware_table
+        from moebench.catalogue.hardware import hardware_row, hardware_table
 
-        hardware_table(hardware)  # a bad file is said now
-        _print_plan(suite, device, as_json)
+        table = hardware_table(hardware)  # a bad file is said now
+        _print_plan(suite, device, hardware_row(elsewhere, table) if elsewhere else None, as_json)
         return
     from moebench.options import Options, default_command
 
@@ -215,10 +221,10 @@ def _default_out(suite: Suite, resume: bool) -> Path:
     return found
 
 
-def _print_plan(suite: Suite, device: str, as_json: bool) -> None:
+def _print_plan(suite: Suite, device: str, elsewhere: Hardware | None, as_json: bool) -> None:
     from moebench.plan_text import plan_rows, plan_text
 
-    rows = plan_rows(suite, device, RUNS)
+    rows = plan_rows(suite, device, RUNS, elsewhere)
     click.echo(json.dumps(rows) if as_json else plan_text(suite, rows))
 
 

@@ -8,7 +8,8 @@
 
 Yardsticks (copy, read, gemm) are arms of every block. A run with ceilings, measured by an earlier run on this
 machine, is `calibrated`; without, NOMINAL stands in and the answer says `uncalibrated`. Where earlier runs also tell
-how far this model was off in each phase (`moebench.earlier_runs`), its phases are multiplied by that.
+how far this model was off in each phase (`moebench.earlier_runs`), its phases are multiplied by that. For a device that
+is not here, shares of its data sheet stand in for ceilings (`data_sheet_ceilings`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.block_run import BURST_S, MAX_BURST, MIN_ROUNDS
+from moebench.catalogue.hardware import Hardware
 from moebench.entry import yardstick_variants
 from moebench.measure.energy_meters import find_meter
 from moebench.point import YARDSTICKS, Block, Point, Problem, Variant, digest
@@ -39,7 +41,14 @@ START_SECONDS = {"cpu": 2.5, "cuda": 12.0}  # imports of parent and worker, the 
 POINT_SECONDS = {"harness": 1e-3, "journal": 3e-4, "table": 1e-4}
 MEMORY_SECONDS = {"cpu": 0.04, "cuda": 0.02}  # collecting garbage and giving back free heap, before a pass is watched
 YARDSTICK_BYTES = {"cpu": 96e6, "cuda": 256e6}  # that one pass of copy or read moves
-COMPILE_SECONDS = {"torch-compile": 4.0}  # twice that where nothing is cached yet, half where all is
+COMPILE_SECONDS = {  # of torch.compile, for each arm: twice that where nothing is cached yet, half where all is
+    "cpu": {"torch-compile": 4.0, "torch-compile-max-autotune": 8.0},
+    "cuda": {"torch-compile": 8.0, "torch-compile-max-autotune": 40.0},
+}
+# Of Triton where nothing is cached, once a block and precision, since scopes share their kernels and tiles follow the
+# tokens. Guesses, until a GPU has been timed; `liger` tries several tiles.
+JIT_SECONDS = {"triton": 2.5, "liger": 5.0, "moe-ops": 2.5, "triton-kernels": 2.5, "fbgemm": 5.0}
+SHEET_GEMM, SHEET_MEMORY = 0.75, 0.85  # of the data sheet's dense peak and bandwidth, where nobody reports better
 # Triton's interpreter on the reduced twin, in place of timing: for a layer, and for each expert that is active there.
 INTERPRETER_SECONDS, INTERPRETER_EXPERT_SECONDS, TWIN_TOKENS = 0.3, 0.06, 16
 PROBES = 2  # of the ceilings, beside one for each precision
@@ -111,6 +120,21 @@ def estimate_seconds(
     return Estimate(seconds if total is None else min(seconds, total), basis, blocks, len(sample), phases)
 
 
+def data_sheet_ceilings(hardware: Hardware) -> dict[str, Any]:
+    """What a device that is not here should reach, as a run's ceilings would say it.
+
+    Raises:
+        ValueError: the row has no bf16 peak or no bandwidth.
+    """
+    peak, bandwidth = hardware.bf16_dense_tflops, hardware.mem_bw_gbs
+    if not peak or not bandwidth:
+        raise ValueError(f"{hardware.name}: the hardware table has no bf16 peak or no bandwidth to plan with")
+    share = (hardware.measured_max_bf16_tflops or SHEET_GEMM * peak) / peak
+    peaks = {precision: hardware.peak_tflops(precision) for precision in BYTES_PER_WEIGHT}
+    rates = {precision: share * value for precision, value in peaks.items() if value}
+    return {"gemm_tflops": rates, "copy_gbs": SHEET_MEMORY * bandwidth, "read_gbs": None}
+
+
 def model_hash() -> str:
     """Changes with this file: what another model expected says nothing about this one."""
     return digest(Path(__file__).read_text())
@@ -177,7 +201,10 @@ def _block_phases(block: Block, suite: Suite, rates: Rates) -> Phases:
     timed = any(_timed(variant, rates.kind) for variant in some)
     beside = yardstick_variants(block) if timed else []
     yardsticks = _sum(_arm_phases(Point(problem, variant), suite, rates) for variant in beside)
-    shared = {"building": _draws_seconds(problem), "checking": _oracle_seconds(block, rates)}
+    shared = {
+        "building": _draws_seconds(problem),
+        "checking": _oracle_seconds(block, rates) + _jit_seconds(block, rates),
+    }
     if arms.get("energy"):
         shared["energy"] = _window_seconds(suite.budget)  # idle, once a block
     return _sum([_times(arms, number / len(some)), yardsticks, shared, _times(POINT_SECONDS, number)])
@@ -213,7 +240,7 @@ def _arm_phases(point: Point, suite: Suite, rates: Rates) -> Phases:
         found["checking"] = YARDSTICK_CHECK_CALLS * call
         return found
     found["checking"] = (CHECK_CALLS + more) * call + CHECK_READINGS * weights / rates.bandwidth
-    found["checking"] += COMPILE_SECONDS.get(variant.provider, 0.0)
+    found["checking"] += COMPILE_SECONDS[rates.kind].get(variant.provider, 0.0)
     found["memory"] = call + MEMORY_SECONDS[rates.kind]
     if suite.energy and _has_meter(rates.kind):
         found["energy"] = budget.energy_trials * _window_seconds(budget)
@@ -243,6 +270,11 @@ def _oracle_seconds(block: Block, rates: Rates) -> float:
     share = min(1.0, ORACLE_TOKENS / block.problem.tokens)
     work = point_work(block.problem, Variant(provider="", precision="fp32"))
     return 2 * (2 * share * work.flops / rates.flops["fp32"] + 3 * work.weight_bytes / rates.bandwidth)
+
+
+def _jit_seconds(block: Block, rates: Rates) -> float:
+    arms = {(variant.provider, variant.precision) for variant in block.variants}
+    return sum(JIT_SECONDS.get(provider, 0.0) for provider, _ in arms) if rates.kind == "cuda" else 0.0
 
 
 def _draws_seconds(problem: Problem) -> float:

@@ -6,8 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from moebench.earlier_runs import known_from
-from moebench.estimate import estimate_seconds
+from moebench.catalogue.hardware import Hardware
+from moebench.earlier_runs import Known, known_from
+from moebench.estimate import data_sheet_ceilings, estimate_seconds
 from moebench.manifest import suite_hash
 from moebench.options import Options
 from moebench.point import problem_name
@@ -18,15 +19,24 @@ Row = dict[str, Any]
 Kind = Literal["cpu", "cuda"]
 
 
-def plan_rows(suite: Suite, device: str, runs: Path) -> list[Row]:
+def plan_rows(suite: Suite, device: str, runs: Path, elsewhere: Hardware | None = None) -> list[Row]:
     """One flat row: points, blocks, seconds, and what the estimate rests on.
 
     `auto` is planned for the GPU where a driver is loaded. The estimate is calibrated by the ceilings of the newest
     run on the same kind of device under `runs`, and corrected by what complete runs took there.
+
+    Args:
+        elsewhere: plan for this device, which need not be here, by its data sheet; `device` and `runs` are not asked.
+
+    Raises:
+        ValueError: a data sheet without a peak or a bandwidth.
     """
-    kind: Kind = "cuda" if device == "cuda" or (device == "auto" and _has_gpu()) else "cpu"
+    kind: Kind = "cuda" if elsewhere or device == "cuda" or (device == "auto" and _has_gpu()) else "cpu"
     size = suite.count(kind)
-    known = known_from(runs, kind, suite_hash(suite, Options(runs)))
+    if elsewhere:
+        known = Known(data_sheet_ceilings(elsewhere))
+    else:
+        known = known_from(runs, kind, suite_hash(suite, Options(runs)))
     estimate = estimate_seconds(suite, kind, known.ceilings, known.factors)
     return [
         {
@@ -36,7 +46,7 @@ def plan_rows(suite: Suite, device: str, runs: Path) -> list[Row]:
             "blocks": size.blocks,
             "replicates": suite.replicates,
             "seconds": round(estimate.seconds, 1),
-            "basis": estimate.basis,
+            "basis": f"data sheet of {elsewhere.name}" if elsewhere else estimate.basis,
             "earlier_runs": known.runs,
             "sampled_blocks": estimate.sampled,
         }

@@ -142,6 +142,20 @@ def match(device_name: str, table: Mapping[str, Hardware]) -> Hardware | None:
     return table.get(DEVICE_NAMES.get(lowered, ""))
 
 
+def hardware_row(name: str, table: Mapping[str, Hardware]) -> Hardware:
+    """The row of a name, in any case.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = next((row for row in table.values() if row.name.lower() == name.lower()), None)
+    if found is None:
+        holding = [row for row in table if name.lower() in row.lower()]
+        near = f"; did you mean {', '.join(holding)}?" if holding else nearest(name, tuple(table))
+        raise ValueError(f"hardware {name!r} is not in the table{near} (allowed: a name of `moebench list hardware`)")
+    return found
+
+
 def _shipped() -> list[Hardware]:
     text = files("moebench.catalogue").joinpath("hardware.csv").read_text(encoding="utf-8")
     return [

@@ -157,7 +157,7 @@ def test_a_file_of_many_faults_stays_readable_and_quick(tmp_path):
     ("source", "says"),
     [
         ("quik", "unknown suite 'quik'; did you mean quick"),
-        ("nothing-like-it", "shipped: capacity, decode, granularity, kernels, nightly, prefill, quick"),
+        ("nothing-like-it", "shipped: capacity, decode, granularity, h200-compile"),
         ("missing.toml", "'missing.toml': cannot be read: No such file"),
         ("no/such/folder", "cannot be read: No such file"),
         ("a\0b.toml", "cannot be read"),
