@@ -10,7 +10,7 @@ first ([E, F, D] for ungated experts), w_down [E, D, F], router [E, D].
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 BIAS_STD = 0.1
 COSINE_TEMPERATURE = 0.6931471805599453  # log 2, where Tutel starts
 PART = 1 << 22  # numbers that one thread draws at a time
+Key = tuple[LayerSpec, str, int]  # layer, precision, seed: what says all of a layer's weights
 GATE = "gate "  # before the names of the gate's further weights
 
 
@@ -164,6 +165,12 @@ def make_weights(layer: LayerSpec, precision: str, device: str, seed: int) -> We
     return quantise(weights, precision) if precision in QUANTISED_PRECISIONS else weights
 
 
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers on the CPU, float32; large ones on all threads."""
+    value = torch.empty(shape)
+    return _fill_in_parts(value, 1.0, generator) if value.numel() >= 2 * PART else value.normal_(generator=generator)
+
+
 def _fill_in_parts(value: Tensor, std: float, generator: torch.Generator) -> Tensor:
     """Normal numbers on all threads, where PyTorch draws on one. Each part has its own seed, whoever fills it."""
     parts = value.view(-1).split(PART)
@@ -208,3 +215,25 @@ def quantise(weights: Weights, precision: str) -> Weights:
 def weight_bytes(layer: LayerSpec, precision: str) -> int:
     """What `make_weights` takes."""
     return round(held_bytes(layer, precision))
+
+
+def weights_beside(held: Mapping[Key, Weights], key: Key, device: str) -> Weights:
+    """`make_weights` of a key, made of what is held of that layer in another precision where it can be.
+
+    Quantised ones and those that they were made of are then the same tensors: two copies of the largest layers in bf16,
+    beside what was quantised, would fill a GPU.
+    """
+    layer, precision, seed = key
+    for (other_layer, other, other_seed), found in held.items():
+        if (other_layer, base_precision(other), other_seed) == (layer, base_precision(precision), seed):
+            shared = found.unquantised()
+            return quantise(shared, precision) if precision in QUANTISED_PRECISIONS else shared
+    return make_weights(layer, precision, device, seed)
+
+
+def needed_bytes(layer: LayerSpec, precisions: Iterable[str], held: Iterable[Key]) -> int:
+    """What `weights_beside` takes for these precisions, one after another, of a layer that is held in others."""
+    every, there = list(precisions), {base_precision(precision) for other, precision, _ in held if other == layer}
+    plain = {base_precision(precision) for precision in every} - there
+    beside = sum(weight_bytes(layer, precision) - weight_bytes(layer, base_precision(precision)) for precision in every)
+    return beside + sum(weight_bytes(layer, precision) for precision in plain)

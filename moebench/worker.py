@@ -25,16 +25,14 @@ from moebench.arm import Arm, make_case
 from moebench.bench import Bench
 from moebench.measure import ceilings, device, latency, memory, modes
 from moebench.measure.energy_meters import Meters, open_meters
+from moebench.measure.faults import breaks_device, device_is_lost, give_back_memory, lacks_memory
 from moebench.point import QUANTISED_PRECISIONS, Problem, Variant, problem_from_json
 from moebench.providers.load import Unavailable, load
 from moebench.recheck import recheck
 from moebench.rotation import take_turns
-from moebench.weights import Weights, make_weights, weight_bytes
+from moebench.weights import Key, Weights, needed_bytes, weights_beside
 from moebench.workload import make_draws
 from moebench.yardsticks import Shelf, Yardstick
-
-# PyTorch's allocator for the host and CUDA's libraries say so in a bare RuntimeError.
-NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Worker:
@@ -42,7 +40,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.device = "cpu"
-        self.weights: dict[tuple[Any, ...], Weights] = {}
+        self.weights: dict[Key, Weights] = {}
         self.yardsticks = Shelf()
         self.benches: dict[str, Bench] = {}
         self.problem: Problem | None = None
@@ -101,7 +99,7 @@ class Worker:
         self._require_memory(made, [p for p, key in wanted.items() if key not in self.weights])
         for precision, key in wanted.items():
             if key not in self.weights:
-                self.weights[key] = make_weights(made.layer, precision, self.device, made.seed)
+                self.weights[key] = weights_beside(self.weights, key, self.device)
             weights = self.weights[key]
             self.benches[precision] = Bench(made, weights, make_draws(made, weights))
         return {}
@@ -154,8 +152,11 @@ class Worker:
 
     def memory(self, index: int) -> dict[str, Any]:
         """Peak memory of a solo pass."""
-        call = self.arms[index].call
-        peak, reason = memory.peak_memory(lambda: call(0), self.kind)
+        arm = self.arms[index]
+        for layer in arm.layers if isinstance(arm, Arm) else ():
+            for value in layer.tensors().values():
+                value.grad = None  # the call's answer too: that of the call before is not to count as resident
+        peak, reason = memory.peak_memory(lambda: arm.call(0), self.kind)
         return {"peak_memory_bytes": peak, "reason": reason, "resolution_bytes": memory.resolution_bytes(self.kind)}
 
     def burst(self, index: int, count: int, start: int) -> dict[str, Any]:
@@ -200,9 +201,10 @@ class Worker:
         return {"state": state, "flags": device.contended(state), "arms": arms}
 
     def drop(self, index: int) -> dict[str, Any]:
-        """Forget an arm."""
+        """Forget an arm, and give its memory back."""
         self.arms.pop(index, None)
         self.timers.pop(index, None)
+        give_back_memory()
         return {}
 
     def close(self) -> dict[str, Any]:
@@ -210,16 +212,14 @@ class Worker:
         self.arms.clear()
         self.timers.clear()
         self.benches.clear()
-        if self.kind == "cuda":
-            torch.cuda.empty_cache()
+        give_back_memory()
         return {}
 
     def _require_memory(self, problem: Problem, precisions: list[str]) -> None:
-        needed = sum(weight_bytes(problem.layer, precision) for precision in precisions)
+        needed = needed_bytes(problem.layer, precisions, self.weights)
         if needed > memory.available_bytes(self.kind):
             self.yardsticks.clear()
-            if self.kind == "cuda":
-                torch.cuda.empty_cache()
+            give_back_memory()
         left = memory.available_bytes(self.kind)
         if needed > left:
             raise MemoryError(f"the layer's weights need {needed / 1e9:.3g} GB and {left / 1e9:.3g} GB are available")
@@ -238,19 +238,11 @@ def _lacks(precision: str, device: str) -> str | None:
 
 def status_of(error: BaseException) -> str:
     """The record status an exception stands for."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return "out_of_memory"
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY):
+    if lacks_memory(error):
         return "out_of_memory"
     if isinstance(error, Unavailable):
         return "unavailable"
     return "not_applicable" if isinstance(error, NotImplementedError) else "failed"
-
-
-def breaks_device(error: BaseException) -> bool:
-    """Whether nothing can run on the device any more: a CUDA error other than lack of memory stays with the process."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and "CUDA error" in text and not any(words in text for words in NO_MEMORY)
 
 
 def changes(worker: object) -> dict[str, Any]:
@@ -260,16 +252,23 @@ def changes(worker: object) -> dict[str, Any]:
     return {"changed_modes": found} if found else {}
 
 
+def answer(handler: Callable[..., dict[str, Any]], request: dict[str, Any]) -> dict[str, Any]:
+    """What the handler says, or the status and reason of what it raised; "fatal": nothing runs here any more."""
+    try:
+        return handler(**request)
+    except Exception as error:  # noqa: BLE001 - whatever a provider raises costs its own point only
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        return {"status": status_of(error), "reason": reason, "fatal": breaks_device(error) or device_is_lost()}
+
+
 def serve(worker: object, requests: queue.Queue[str | None], replies: TextIO) -> None:
     """Answer requests, each by the worker's method of that name, until there are no more."""
     while (line := requests.get()) is not None:
         request = json.loads(line)
         handler: Callable[..., dict[str, Any]] = getattr(worker, request.pop("do"))
-        try:
-            reply = handler(**request)
-        except Exception as error:  # noqa: BLE001 - whatever a provider raises costs its own point only
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            reply = {"status": status_of(error), "reason": reason, "fatal": breaks_device(error)}
+        reply = answer(handler, request)
+        if "status" in reply and not reply.get("fatal"):  # not while the exception lives, whose frames hold tensors
+            getattr(worker, "drop", lambda index: None)(request.get("index", -1))
         replies.write(json.dumps(reply | changes(worker)) + "\n")
         replies.flush()
 

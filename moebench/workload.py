@@ -17,7 +17,9 @@ from moebench.routing.logits import impose_logits
 from moebench.routing.route import side_width
 from moebench.routing.scores import NO_SIDE, Side
 from moebench.traffic import Traffic, parse_traffic
-from moebench.weights import DTYPES, Weights, seed_of
+from moebench.weights import DTYPES, Weights, normal, seed_of
+
+MOVED_TOKENS = 4096  # moved to their logits at a time
 
 
 @dataclass(frozen=True)
@@ -102,17 +104,19 @@ class Inputs:
 class Draw:
     """One draw of a problem before any capacity rule.
 
+    Hidden states lie where the weights do: each arm copies them several times, which from the host takes seconds.
+
     Attributes:
-        x: float32 [T, D].
-        routing: dropless.
-        upstream: float32 [T, D].
-        side: what else the router looks at.
-        dense_x: float32 [T, D] or None.
+        x: [T, D] in the weights' dtype.
+        routing: dropless, on the CPU.
+        upstream: [T, D] likewise, or None for forward.
+        side: what else the router looks at, on the CPU.
+        dense_x: [T, D] likewise, or None.
     """
 
     x: Tensor
     routing: Routing
-    upstream: Tensor
+    upstream: Tensor | None = None
     side: Side = NO_SIDE
     dense_x: Tensor | None = None
 
@@ -138,7 +142,7 @@ def _padded(routing: Routing, rows: int) -> Routing:
 
 
 def make_draw(problem: Problem, weights: Weights, index: int) -> Draw:
-    """Hidden states and routing that agree with each other, on the CPU.
+    """Hidden states and routing that agree with each other.
 
     Args:
         weights: of the layer, in the precision they will be used in.
@@ -149,20 +153,31 @@ def make_draw(problem: Problem, weights: Weights, index: int) -> Draw:
     """
     layer, traffic = problem.layer, parse_traffic(problem.traffic)
     generator = torch.Generator().manual_seed(seed_of(problem.seed, "inputs", index))
-    x = torch.randn(problem.tokens, layer.hidden_size, generator=generator)
-    upstream = torch.randn(problem.tokens, layer.hidden_size, generator=generator)
+    shape = (problem.tokens, layer.hidden_size)
+    x = normal(shape, generator)
     side = _draw_side(layer, traffic, problem.tokens, generator)
-    dense_x = torch.randn(x.shape, generator=generator) if layer.shared_combine == "parallel" else None
+    dense_x = normal(shape, generator) if layer.shared_combine == "parallel" else None
+    upstream = normal(shape, generator) if problem.direction == "forward_backward" else None
     gate = {name: _on_host(value) for name, value in weights.whole_gate.items()}
     if _loose(layer):
         x = robust(layer, x, gate, side, generator)
     seed = seed_of(problem.seed, "routing", index)
     movable = can_impose(layer)
     routing = route_problem(Demand(layer, traffic, x, gate, side, movable, seed, problem.seed, index))
+    like = weights.router
     if movable and routing.logits is not None:
-        shift = gate.get("logit_bias", torch.zeros(()))
-        x = impose_logits(x, gate["router"], routing.logits - shift).float()
-    return Draw(x, routing, upstream, side, dense_x)
+        x = _moved(x, like, routing.logits - gate.get("logit_bias", torch.zeros(())))
+    upstream, dense_x = (None if value is None else value.to(like) for value in (upstream, dense_x))
+    return Draw(x.to(like), routing, upstream, side, dense_x)
+
+
+def _moved(x: Tensor, router: Tensor, logits: Tensor) -> Tensor:
+    """x where the router gives these logits, on its device and in its dtype.
+
+    Some tokens at a time: in float64 all of them are gigabytes, and a minute of a host's time.
+    """
+    device, parts = router.device, zip(x.split(MOVED_TOKENS), logits.split(MOVED_TOKENS), strict=True)
+    return torch.cat([impose_logits(some.to(device), router, z.to(device)).to(router.dtype) for some, z in parts])
 
 
 def _loose(layer: LayerSpec) -> bool:
@@ -202,7 +217,11 @@ def make_inputs(draw: Draw, capacity: Capacity, precision: str, device: str, *, 
     given |= {name: value.to(device, copy=True) for name, value in side.tensors().items()}
     return Inputs(
         x=draw.x.to(device, dtype, copy=True),
-        upstream=draw.upstream.to(device, dtype, copy=True) if backward else None,
-        dense_x=None if draw.dense_x is None else draw.dense_x.to(device, dtype, copy=True),
+        upstream=_copied(draw.upstream, device, dtype) if backward else None,
+        dense_x=_copied(draw.dense_x, device, dtype),
         **given,
     )
+
+
+def _copied(value: Tensor | None, device: str, dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else value.to(device, dtype, copy=True)

@@ -57,7 +57,7 @@ def make_yardstick(name: str, *, precision: str, device: str, flops: float, cach
     if name == "gemm":
         return _gemm(precision, device, flops)
     count = min(MAX_BYTES, max(MIN_BYTES, 4 * cache_bytes)) // 4
-    source = torch.rand(count, device=device)
+    source = torch.rand(count, device=device, generator=_generator(device))
     return _copy(source) if name == "copy" else _read(source)
 
 
@@ -100,11 +100,22 @@ def _read(source: Tensor) -> Yardstick:
     return Yardstick("read", lambda i: source.sum(), check, 0.0, float(source.nbytes), float(source.nbytes))
 
 
+def _generator(device: str) -> torch.Generator:
+    # Of its own: a CUDA graph that could not be captured may leave the global one of a GPU unusable.
+    return torch.Generator(device).manual_seed(0)
+
+
+def _side(flops: float, dtype: torch.dtype) -> int:
+    """Of a square GEMM of about these FLOPs: 8-bit operands need 32 at least and rows of a multiple of 16 bytes."""
+    step, least = (16, 32) if dtype.itemsize == 1 else (8, 8)
+    return max(least, round((flops / 2) ** (1 / 3) / step) * step)
+
+
 def _gemm(precision: str, device: str, flops: float) -> Yardstick:
-    size = max(8, round((flops / 2) ** (1 / 3) / 8) * 8)
-    dtype = DTYPES[precision]
-    left = [operand(size, dtype, device) for _ in range(DRAWS)]
-    right = for_right(operand(size, dtype, device))
+    dtype, generator = DTYPES[precision], _generator(device)
+    size = _side(flops, dtype)
+    left = [operand(size, dtype, device, generator) for _ in range(DRAWS)]
+    right = for_right(operand(size, dtype, device, generator))
 
     def check() -> tuple[Errors, str | None]:
         errors = errors_of(multiply(left[0], right)[:8], left[0][:8].double() @ right.double())

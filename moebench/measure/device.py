@@ -174,9 +174,12 @@ class StateProbe:
     def sample(self, arm: int | None = None) -> None:
         """Read clocks, temperature, power and throttle reasons now, just after an arm's work or nobody's.
 
-        These are states, not counters.
+        These are states, not counters. Of a GPU's arm the GPU's alone: a server's cores are hundreds of files, which
+        take longer to read than a burst.
         """
-        reading: dict[str, Any] = {"arm": arm, "cpu_mhz": _cpu_mhz(self.proc, self.cpus)}
+        reading: dict[str, Any] = {"arm": arm}
+        if arm is None or self.device_kind != "cuda":
+            reading["cpu_mhz"] = _cpu_mhz(self.proc, self.cpus)
         self._readings.append(reading | (_gpu_reading(self.gpu) if self.gpu is not None else {}))
 
     def end(self) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_the_fractions_that_are_offered_are_accepted() -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_draws_are_fixed_by_the_seed_and_differ_between_seeds(pattern: str) -> None:
-    problem = Problem("m", layer_of(experts=16, top_k=2), 32, pattern, seed=5)
+    problem = Problem("m", layer_of(experts=16, top_k=2), 32, pattern, "forward_backward", seed=5)
     weights = make_weights(problem.layer, "fp32", "cpu", 5)
     first, again, second = (make_draw(problem, weights, index) for index in (0, 0, 1))
     assert torch.equal(first.x, again.x)

@@ -252,3 +252,18 @@ def test_a_real_gpu_has_a_name_and_a_clock():
     watch.begin()
     assert watch.end()["sm_mhz"] > 0
     assert machine_facts("cuda")["gpu"] == device_name("cuda")
+
+
+def test_after_a_gpus_burst_only_the_gpu_is_read(monkeypatch, tmp_path):
+    """A server's cores are hundreds of files: to read them takes longer than the burst."""
+    asked = []
+    monkeypatch.setattr(device, "_cpu_mhz", lambda proc, cpus: asked.append("cpu") or 1000.0)
+    monkeypatch.setattr(device, "_gpu_reading", lambda handle: asked.append("gpu") or {"throttle_reasons": []})
+    monkeypatch.setattr(device, "open_gpu", lambda: ("handle", None))
+    watch = StateProbe("cuda", proc=tmp_path, cpus=tmp_path)
+    watch.begin()
+    asked.clear()
+    watch.sample(3)
+    assert asked == ["gpu"]
+    assert watch.end()["cpu_mhz"] == 1000.0
+    assert list(watch.arm_states()) == [3]
