@@ -23,6 +23,7 @@ class FakeCuda:
         self.log = []
         self.ran = []  # (name, start, end)
         self.empty_captures = False
+        self.streams = self.pools = 0
 
     def kernel(self, ms):
         self.host += HOST_LAUNCH_MS
@@ -58,7 +59,8 @@ class FakeCuda:
         return FakeEvent(self)
 
     def Stream(self):  # noqa: N802
-        return SimpleNamespace(name="side", wait_stream=lambda other: None)
+        self.streams += 1
+        return SimpleNamespace(name=f"side {self.streams}", wait_stream=lambda other: None)
 
     def current_stream(self):
         return self.current
@@ -78,17 +80,18 @@ class FakeCuda:
         self.mode = mode
 
     def graph_pool_handle(self):
-        return "pool"
+        self.pools += 1
+        return f"pool {self.pools}"
 
     def CUDAGraph(self):  # noqa: N802
         return FakeGraph(self)
 
     @contextmanager
-    def graph(self, graph, pool):
+    def graph(self, graph, pool, stream):
         import warnings
 
         graph.pool = pool
-        self.current = SimpleNamespace(name="capture")  # like torch, not put back when the capture raises
+        self.current = SimpleNamespace(name=f"capture on {stream.name}")  # like torch, not put back when it raises
         self.captured = graph.kernels
         try:
             yield
@@ -96,6 +99,9 @@ class FakeCuda:
             self.captured = None
         if not graph.kernels:
             warnings.warn("The CUDA Graph is empty. Was it captured on the wrong stream?", UserWarning, stacklevel=2)
+
+    def current_device(self):
+        return 0
 
     def empty_cache(self):
         self.log.append("empty_cache")

@@ -16,6 +16,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GP
 def gpu(monkeypatch):
     fake = FakeCuda()
     monkeypatch.setattr(cuda.torch, "cuda", fake)
+    monkeypatch.setattr(cuda, "_SHARED", cuda._Shared())
     monkeypatch.setattr(cuda.time, "perf_counter_ns", fake.perf_counter_ns)
     monkeypatch.setattr(profiler, "profile", FakeProfile(fake))
     return fake
@@ -58,10 +59,45 @@ def test_each_draw_is_captured_once_after_warming_on_a_side_stream(gpu):
     ran = []
     timer = latency.make_timer("cuda", layer(gpu, ran), 3)
     assert (timer.name, timer.why) == ("cuda_graph", "")
-    assert {stream for _, stream in ran[:6]} == {"side"}
-    assert ran[6:] == [(0, "capture"), (1, "capture"), (2, "capture")]
+    assert {stream for _, stream in ran[:6]} == {"side 1"}
+    assert ran[6:] == [(draw, "capture on side 1") for draw in (0, 1, 2)], "workspaces are made per stream, by warming"
     assert [sum(graph.kernels) for graph in timer.graphs] == pytest.approx([1, 2, 3])
-    assert {graph.pool for graph in timer.graphs} == {"pool"}, "four draws must not cost four times the memory"
+    assert {graph.pool for graph in timer.graphs} == {"pool 1"}, "four draws must not cost four times the memory"
+
+
+def test_arms_that_live_together_share_a_pool_and_one_that_outlives_them_all_takes_a_new_one(gpu):
+    """PyTorch refuses a pool whose graphs have all died."""
+    first, second = (cuda.make_timer(layer(gpu), 2) for _ in range(2))
+    assert {graph.pool for timer in (first, second) for graph in timer.graphs} == {"pool 1"}
+    del first
+    assert {graph.pool for graph in cuda.make_timer(layer(gpu), 2).graphs} == {"pool 1"}
+    del second
+    assert {graph.pool for graph in cuda.make_timer(layer(gpu), 2).graphs} == {"pool 2"}
+
+
+@pytest.mark.parametrize("cut_short", [False, True])
+def test_what_a_failed_capture_has_begun_is_ended(gpu, monkeypatch, cut_short):
+    """Once, and by PyTorch itself where CUDA has let it; the next graph takes another pool."""
+    done, keeps = [], cuda.make_timer(layer(gpu), 2)
+
+    def end(device, pool):
+        if not cut_short:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        done.append(("end", device, pool))
+
+    monkeypatch.setattr(cuda.torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    release = lambda device, pool: done.append(("release", device, pool))  # noqa: E731
+    monkeypatch.setattr(cuda.torch._C, "_cuda_releasePool", release, raising=False)
+
+    def call(index):
+        gpu.kernel(1)
+        if gpu.captured is not None:
+            gpu.synchronize()
+
+    assert cuda.make_timer(call, 2).name == "cuda_profiler"
+    assert done == ([("end", 0, "pool 1"), ("release", 0, "pool 1")] if cut_short else [])
+    assert {graph.pool for graph in cuda.make_timer(layer(gpu), 2).graphs} == {"pool 2"}
+    assert {graph.pool for graph in keeps.graphs} == {"pool 1"}
 
 
 def test_the_graph_timer_gives_the_devices_time_and_the_plain_calls_wall_time(gpu):
