@@ -108,7 +108,7 @@ def _generator(device: str) -> torch.Generator:
 def _side(flops: float, dtype: torch.dtype) -> int:
     """Of a square GEMM of about these FLOPs: 8-bit operands need 32 at least and rows of a multiple of 16 bytes."""
     step, least = (16, 32) if dtype.itemsize == 1 else (8, 8)
-    return max(least, round((flops / 2) ** (1 / 3) / step) * step)
+    return max(least, round(float((flops / 2) ** (1 / 3)) / step) * step)
 
 
 def _gemm(precision: str, device: str, flops: float) -> Yardstick:

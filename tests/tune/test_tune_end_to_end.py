@@ -102,6 +102,36 @@ def test_a_wrong_tile_is_seen_wherever_it_is_wrong(fault: str, monkeypatch: pyte
     assert ("two calls" in found) is (fault == "another time")
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_tile_that_takes_the_device_with_it_is_not_taken_for_a_wrong_one(
+    lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those after it would all fail in this process; a refused launch costs its own tile only."""
+    case = cases(layers_of([], ["2,32,16,1"]), [3], ["fp32"])[1]
+    worker, config = Worker(), asdict(GemmConfig(16, 16, 4, 2))
+
+    def launch(self: Product, config: object, draw: int) -> torch.Tensor:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    worker.open(asdict(case), 0)
+    monkeypatch.setattr("moebench.tune.product.Grouped._launch", launch)
+    monkeypatch.setattr("moebench.tune.worker.device_is_lost", lambda: lost)
+    if lost:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            worker.candidate(0, config)
+    else:
+        assert "illegal memory access" in worker.candidate(0, config)["wrong"]
+
+
+def test_timed_tiles_keep_no_answer() -> None:
+    """A graph keeps what its call returns: thirty tiles' answers of a large load would fill a GPU."""
+    case = cases(layers_of([], ["2,32,16,1"]), [3], ["fp32"])[1]
+    worker = Worker()
+    worker.open(asdict(case), 0)
+    assert worker.candidate(0, asdict(GemmConfig(16, 16, 4, 2)))["wrong"] is None
+    assert worker.timers[0].once(worker.calls[0], 0) is None
+
+
 def test_a_tile_that_cannot_run_is_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """block_n 48 is no power of two: Triton refuses it, the others race on."""
 
