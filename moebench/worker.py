@@ -26,12 +26,12 @@ from moebench.bench import Bench
 from moebench.measure import ceilings, device, latency, memory, modes
 from moebench.measure.energy_meters import Meters, open_meters
 from moebench.measure.faults import breaks_device, device_is_lost, give_back_memory, lacks_memory
-from moebench.point import QUANTISED_PRECISIONS, Problem, Variant, problem_from_json
+from moebench.point import QUANTISED_PRECISIONS, Problem, Variant, base_precision, problem_from_json
 from moebench.providers.load import Unavailable, load
 from moebench.recheck import recheck
 from moebench.rotation import take_turns
 from moebench.weights import Key, Weights, needed_bytes, weights_beside
-from moebench.workload import make_draws
+from moebench.workload import Draw, make_draws
 from moebench.yardsticks import Shelf, Yardstick
 
 
@@ -97,11 +97,13 @@ class Worker:
         wanted = {precision: (made.layer, precision, made.seed) for precision in precisions}
         self.weights = {key: value for key, value in self.weights.items() if key in wanted.values()}
         self._require_memory(made, [p for p, key in wanted.items() if key not in self.weights])
+        drawn: dict[str, tuple[Draw, ...]] = {}  # by base precision: all that is quantised has the same inputs
         for precision, key in wanted.items():
             if key not in self.weights:
                 self.weights[key] = weights_beside(self.weights, key, self.device)
-            weights = self.weights[key]
-            self.benches[precision] = Bench(made, weights, make_draws(made, weights))
+            weights, base = self.weights[key], base_precision(precision)
+            drawn[base] = drawn.get(base) or make_draws(made, weights)
+            self.benches[precision] = Bench(made, weights, drawn[base])
         return {}
 
     def arm(self, index: int, variant: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import queue
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -109,6 +110,19 @@ def test_yardsticks_leave_the_global_generator_alone() -> None:
 
 
 # The worker
+
+
+def test_precisions_of_one_base_have_the_same_draws() -> None:
+    """They cost seconds each for the largest layers."""
+    worker, problem = Worker(), Problem("m", LAYER, 10)
+    worker.open(asdict(problem), ["bf16", "fp8:row", "fp32", "int8"])
+    draws = {precision: bench.draws for precision, bench in worker.benches.items()}
+    assert draws["bf16"] is draws["fp8:row"] is draws["int8"]
+    for precision, dtype in (("int8", torch.bfloat16), ("fp32", torch.float32)):
+        alone = make_draw(problem, make_weights(LAYER, precision, "cpu", 0), 0)
+        assert torch.equal(draws[precision][0].x, alone.x)
+        assert torch.equal(draws[precision][0].routing.counts(), alone.routing.counts())
+        assert alone.x.dtype == dtype
 
 
 class Fails(Worker):
