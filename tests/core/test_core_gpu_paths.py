@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import queue
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from core_arms import layer_of
 
 from moebench import workload
+from moebench.measure.errors import errors_of
 from moebench.point import Problem
 from moebench.routing.logits import impose_logits
 from moebench.weights import PART, make_weights, needed_bytes, normal, weight_bytes, weights_beside
@@ -161,3 +163,22 @@ def test_a_failure_without_a_point_is_no_fault_of_the_worker() -> None:
     failed, closed = answers(Worker(), {"do": "open", "problem": {}, "precisions": []}, {"do": "close"})
     assert failed["status"] == "failed"
     assert closed == {}
+
+
+# Errors
+
+
+@pytest.mark.parametrize("fault", [None, 2, 9, 12])
+def test_errors_are_the_same_whatever_is_compared_at_a_time(monkeypatch: pytest.MonkeyPatch, fault: int | None) -> None:
+    expected = torch.randn(13, 5, dtype=torch.float64)
+    actual = expected.float() + 1e-3 * torch.randn(13, 5)
+    if fault is not None:
+        actual[fault, 4] = float("nan") if fault == 12 else 100.0
+    whole = errors_of(actual, expected)
+    monkeypatch.setattr("moebench.measure.errors.PART", 7)
+    found = errors_of(actual.T, expected.T)
+    assert found.rel == pytest.approx(whole.rel, nan_ok=True)
+    assert found.max == pytest.approx(whole.max, nan_ok=True)
+    assert math.isnan(found.max) == math.isnan(found.rel) == (fault == 12)
+    difference = actual.double() - expected
+    assert found.rel == pytest.approx(float(difference.norm() / expected.norm()), nan_ok=True)
