@@ -35,7 +35,8 @@ NOMINAL: dict[str, dict[str, float]] = {
     "cuda": {"gflops": 400_000.0, "gbs": 2500.0},
 }
 COMPUTE_SHARE, MEMORY_SHARE = 0.6, {"cpu": 0.3, "cuda": 0.6}  # of large dense GEMMs and of one long copy
-NORMALS_PER_SECOND = {"cpu": 200e6, "cuda": 10e9}
+NORMALS_PER_SECOND = {"cpu": 200e6, "cuda": 10e9}  # of weights, on the device
+DRAWS_PER_SECOND = {"cpu": 200e6, "cuda": 800e6}  # of hidden states, on all threads of the host: two cores, a GPU's
 CALL_OVERHEAD = {"cpu": 2e-4, "cuda": 5e-5}  # of a call, and of each expert in a loop over them
 START_SECONDS = {"cpu": 2.5, "cuda": 12.0}  # imports of parent and worker, the context
 POINT_SECONDS = {"harness": 1e-3, "journal": 3e-4, "table": 1e-4}
@@ -202,7 +203,7 @@ def _block_phases(block: Block, suite: Suite, rates: Rates) -> Phases:
     beside = yardstick_variants(block) if timed else []
     yardsticks = _sum(_arm_phases(Point(problem, variant), suite, rates) for variant in beside)
     shared = {
-        "building": _draws_seconds(problem),
+        "building": _draws_seconds(problem, rates),
         "checking": _oracle_seconds(block, rates) + _jit_seconds(block, rates),
     }
     if arms.get("energy"):
@@ -277,9 +278,9 @@ def _jit_seconds(block: Block, rates: Rates) -> float:
     return sum(JIT_SECONDS.get(provider, 0.0) for provider, _ in arms) if rates.kind == "cuda" else 0.0
 
 
-def _draws_seconds(problem: Problem) -> float:
-    """Five draws of hidden states and what flows back into them, on the host."""
-    return 10 * problem.tokens * problem.layer.hidden_size / NORMALS_PER_SECOND["cpu"]
+def _draws_seconds(problem: Problem, rates: Rates) -> float:
+    """Five draws of hidden states, as long again to make them agree with their routing or for what flows back."""
+    return 10 * problem.tokens * problem.layer.hidden_size / DRAWS_PER_SECOND[rates.kind]
 
 
 def _layer_phases(block: Block, rates: Rates) -> Phases:
