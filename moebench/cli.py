@@ -12,6 +12,7 @@ import click
 from moebench import __version__
 from moebench.cli_audit import audit
 from moebench.cli_compare import compare
+from moebench.cli_publish import publish
 from moebench.cli_trace import trace
 from moebench.cli_tune import tune
 
@@ -339,5 +340,6 @@ def _print_rows(rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, .
 
 main.add_command(audit)
 main.add_command(compare)
+main.add_command(publish)
 main.add_command(trace)
 main.add_command(tune)

@@ -230,6 +230,7 @@ class Manifest(BaseModel):
         seconds: wall time by phase (`moebench.stopwatch`), of all sessions that ended.
         expected_seconds: what `moebench.estimate` said of the whole suite, with these ceilings and nothing else.
         expected_by: its `model_hash`.
+        published: of a published copy (`moebench publish`), the fields that private text was cut from; else null.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -275,3 +276,4 @@ class Manifest(BaseModel):
 
     expected_seconds: dict[str, float] = {}
     expected_by: str | None = None
+    published: list[str] | None = None

@@ -50,6 +50,8 @@ class RunDirectory:
         if not resume and not all(self._is_leftover(entry.name) for entry in self.path.iterdir()):
             hint = "use --resume to go on with it, or another --out" if self._is_run() else "choose another --out"
             raise RunDirectoryError(f"{self.path} exists and is not empty; {hint}")
+        if resume and self._is_run():
+            self._read_manifest()  # what is refused for what it says is left without a lock file
         with self._lock():
             strangers = sorted(entry.name for entry in self.path.iterdir() if not self._is_own(entry.name))
             if resume and not self._is_run() and strangers:
@@ -95,6 +97,8 @@ class RunDirectory:
         if manifest.schema_version != SCHEMA_VERSION:
             schemas = f"of schema {manifest.schema_version}, and this moebench goes on with {SCHEMA_VERSION}"
             raise RunDirectoryError(f"{self.path / MANIFEST} is {schemas}; start in another --out")
+        if manifest.published is not None:
+            raise RunDirectoryError(f"{self.path} is a published copy, which has no journal; resume the run itself")
         if manifest.machine.get("available_bytes") is None:  # which says how blocks were split
             raise RunDirectoryError(f"{self.path / MANIFEST} lacks machine.available_bytes; start in another --out")
         if manifest.hardware is not None:

@@ -91,7 +91,7 @@ def load_run(path: Path) -> Run:
     manifest = _read_manifest(path / "manifest.json")
     results, journal = path / RESULTS, path / "journal.jsonl"
     if results.exists():
-        return Run(_read_results(results), manifest, path)
+        return Run(_pandas(read_results(results)), manifest, path)
     if journal.exists():
         return Run(records_to_table(Journal(journal).stream()), manifest, path)
     raise ValueError(f"{path}: holds neither {RESULTS} nor journal.jsonl")
@@ -144,13 +144,18 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _read_results(path: Path) -> pd.DataFrame:
+def read_results(path: Path) -> pa.Table:
+    """The columns of a results.parquet, of `arrow_schema`.
+
+    Raises:
+        ValueError: it is damaged, lacks a column or holds one of another type.
+    """
     try:
         table = pq.read_table(path)
         missing = [name for name in COLUMNS if name not in table.column_names]
         if missing:
             raise ValueError(f"{path}: lacks the column {', '.join(missing)}")
-        return _pandas(table.select(list(COLUMNS)).cast(arrow_schema()))
+        return table.select(list(COLUMNS)).cast(arrow_schema())
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not a readable Parquet file of results: {reason}") from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from moebench.analyse import NOISE, Cap, Run, fronts, load_runs
+from moebench.point import SCOPES
 from moebench.report import findings
 from moebench.report.html import joined
 
@@ -46,11 +47,21 @@ def write_figures(runs: Sequence[Path], directory: Path) -> list[Path]:
     written: list[Path] = []
     for run, system in zip(loaded, systems, strict=True):
         rows = table[table["run_id"] == run.manifest.run_id]
-        for kind, draw in _kinds(rows, run, system).items():
-            figure = _styled(draw)
-            if figure is not None:
-                written += _save(figure, directory / f"{_file_name(run.manifest.run_id)}-{kind}")
+        for kind, figure in figures(rows, run, system):
+            written += save(figure, directory / f"{_file_name(run.manifest.run_id)}-{kind}")
     return written
+
+
+def figures(rows: pd.DataFrame, run: Run, system: Cap | None) -> Iterator[tuple[str, Figure]]:
+    """(kind, figure) of a run for each kind that has data.
+
+    Args:
+        rows: of this run, from `joined`.
+    """
+    for kind, draw in _kinds(rows, run, system).items():
+        figure = _styled(draw)
+        if figure is not None:
+            yield kind, figure
 
 
 def _kinds(rows: pd.DataFrame, run: Run, system: Cap | None) -> dict[str, Callable[[], Figure | None]]:
@@ -75,10 +86,11 @@ def _styled(draw: Callable[[], Figure | None]) -> Figure | None:
         return draw()
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
-    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in FORMATS]
+def save(figure: Figure, stem: Path, formats: Sequence[str] = FORMATS, dpi: int = 200) -> list[Path]:
+    """Write `<stem>.<format>` for each format."""
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in formats]
     for path in paths:
-        figure.savefig(path, dpi=200, bbox_inches="tight")
+        figure.savefig(path, dpi=dpi, bbox_inches="tight")
     return paths
 
 
@@ -89,9 +101,9 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def _widest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Timed arms of the whole layer, or of its experts where no layer was timed."""
+    """Timed arms of the widest scope: the whole layer, else its experts, else the first of its stages."""
     timed = rows[(rows["status"] == "measured") & (rows["role"] == "arm") & (rows["replicate"] == 0)]
-    return next((part for scope in ("layer", "experts") if len(part := timed[timed["scope"] == scope])), timed.iloc[:0])
+    return next((part for scope in SCOPES if len(part := timed[timed["scope"] == scope])), timed.iloc[:0])
 
 
 def _largest_tokens(arms: pd.DataFrame) -> pd.DataFrame:
@@ -146,7 +158,8 @@ def _latency(ax: Axes, part: pd.DataFrame, looks: dict[str, Any]) -> None:
         spread = np.array([(middle - low).clip(0), (high - middle).clip(0)])
         ax.errorbar(rows["tokens"], middle, yerr=spread, label=str(variant), markersize=4, linewidth=1.2, capsize=2,
                     **looks[str(variant)])  # fmt: skip
-    ax.set(xscale="log", yscale="log", xlabel="Tokens", ylabel="Latency of one layer, ms")
+    scope = str(part["scope"].iloc[0]).replace("experts", "layer's experts").replace("_", " ")
+    ax.set(xscale="log", yscale="log", xlabel="Tokens", ylabel=f"Latency of one {scope}, ms")
     tokens = sorted(part["tokens"].unique())
     _log_ticks(ax.xaxis)
     if len(tokens) <= 8:

@@ -98,6 +98,13 @@ def troubles(table: pd.DataFrame, shown: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in line.items()} for line in worst.to_dict("records")]
 
 
+def checked(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """What was checked and not timed: `checked_on`, how many rows, which variants."""
+    grouped = table[table["status"] == "verified"].groupby("checked_on", sort=False)
+    lines = grouped.agg(rows=("status", "size"), variants=("variant", _names)).reset_index()
+    return [{str(name): value for name, value in line.items()} for line in lines.to_dict("records")]
+
+
 def _names(variants: pd.Series) -> str:
     """'a, b, c and 4 more'."""
     names = list(dict.fromkeys(variants.astype(str)))

@@ -124,6 +124,8 @@ def test_help_imports_next_to_nothing():
         "moebench.cli",
         "moebench.cli_audit",
         "moebench.cli_compare",
+        "moebench.cli_publish",
+        "moebench.cli_run",
         "moebench.cli_trace",
         "moebench.cli_tune",
         "moebench.failures",
