@@ -211,12 +211,20 @@ def test_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
         E = len(m_sizes)
         return grouped(x, w.view(E, -1, w.shape[1]).transpose(1, 2), m_sizes.cumsum(0))
 
+    def silu_mul(x0: Any, x1: Any) -> Any:
+        fused.append(x0.shape[1])
+        return torch.nn.functional.silu(x0) * x1
+
+    fused: list[int] = []
     stand_in(monkeypatch, {
         "fbgemm_gpu.experimental.gemm.triton_gemm.grouped_gemm": {"grouped_gemm": grouped_gemm},
-        "fbgemm_gpu.experimental.gen_ai.moe": {"silu_mul": lambda x0, x1: torch.nn.functional.silu(x0) * x1},
+        "fbgemm_gpu.experimental.gen_ai.moe": {"silu_mul": silu_mul},
     })  # fmt: skip
     passes(fbgemm.PROVIDER)
+    assert not fused  # it takes no width of 128
+    monkeypatch.setattr(fbgemm, "SILU_MUL_WIDTH", 128)
     passes(fbgemm.PROVIDER, capacity=0.5)
+    assert set(fused) == {128}
 
 
 def test_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
