@@ -6,7 +6,7 @@ ARGS ?=
 CONSTRAINTS ?= constraints.txt
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --quiet $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: run test test-quick test-full audit nightly benchmark lint format clean
+.PHONY: run test test-quick test-full audit nightly benchmark published lint format clean
 
 run: .venv/run
 	.venv/bin/moebench run suite $(SUITE) $(ARGS)
@@ -35,6 +35,10 @@ nightly: .venv/nightly
 benchmark: .venv/dev
 	.venv/bin/python -m pytest tests/benchmarks/test_benchmarks.py --benchmark-only \
 	  $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=median:10%,--benchmark-save=baseline) $(ARGS)
+
+# The tables of README.md, reports/README.md and docs/kernel-notes.md, from the runs under reports/.
+published: .venv/run
+	.venv/bin/python -m moebench_suites.published $(ARGS)
 
 lint: .venv/dev
 	.venv/bin/ruff check .
