@@ -84,7 +84,8 @@ def _pair(target: Target, table: pd.DataFrame, place: int) -> Pair | str:
     row = table.loc[place]
     if row["status"] != "measured":
         return _why_not(row)
-    return _MEASURES[target.measure](table[table["block"] == row["block"]], row, target)
+    found = _MEASURES[target.measure](table[table["block"] == row["block"]], row, target)
+    return found if isinstance(found, str) or found.scale > 0 else "a rate of it or of its yardstick is not known"
 
 
 def _ratio(table: pd.DataFrame, place: int, pair: Pair, value: float, low: float, high: float) -> Ratio:

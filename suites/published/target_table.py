@@ -57,19 +57,24 @@ class Target(BaseModel):
 
 
 def read_targets() -> list[Target]:
-    """The targets, in the order of the file.
+    """The targets, in the order of the file."""
+    return parsed(files(__package__).joinpath("targets.toml").read_text(encoding="utf-8"))
+
+
+def parsed(text: str) -> list[Target]:
+    """The targets of such a file's text.
 
     Raises:
-        ValueError: targets.toml is broken; one line.
+        ValueError: it is broken; one line.
     """
-    text = files(__package__).joinpath("targets.toml").read_text(encoding="utf-8")
     try:
-        targets = [Target(**row) for row in tomllib.loads(text)["target"]]
+        return [Target(**row) for row in tomllib.loads(text)["target"]]
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"targets.toml: not TOML: {error}") from None
+    except (KeyError, TypeError):
+        raise ValueError("targets.toml: expected [[target]] tables and nothing else") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(
             f"targets.toml: {'.'.join(map(str, first['loc']))}: {first['msg']}: {first['input']}"
         ) from None
-    return targets

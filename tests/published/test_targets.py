@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from moebench_suites.published.ratios import OURS, Missing, points_of
 from moebench_suites.published.runs import rows_of
-from moebench_suites.published.target_table import Target, read_targets
+from moebench_suites.published.target_table import Target, parsed, read_targets
 from moebench_suites.published.verdicts import NO_GPU, rounded, targets_block
 from published.straw_runs import CPU, H100, H200, read, timed, untimed
 
@@ -269,6 +269,28 @@ def test_a_condition_that_no_column_answers_is_one_line():
     run = read("h200-decode", block(TARGETS["decode-1-to-8"], 0.8))
     with pytest.raises(ValueError, match=r"^targets.toml: decode-1-to-8: where: name 'batch' is not defined$"):
         points_of(target, rows_of([run]))
+
+
+def test_a_rate_that_is_not_known_makes_no_ratio():
+    rows = [row.model_copy(update={"tflops": None}) for row in block(TARGETS["layer-of-dense"], 0.8)]
+    (found,) = points_of(TARGETS["layer-of-dense"], rows_of([read("kernels", rows)]))
+    assert found.reason == "a rate of it or of its yardstick is not known"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[target", "not TOML: "),
+        ("x = 1", r"expected \[\[target\]\] tables"),
+        ("target = [1]", r"expected \[\[target\]\] tables"),
+        ('[[target]]\nid = "a"\ntext = "a"\nmeasure = "fast"\nsuites = []\nat_least = 1', "measure: Input should be"),
+        ('[[target]]\nid = "a"\ntext = "a"\nmeasure = "share"\nsuites = []\nat_least = 1\nwhen = 1', "when: Extra"),
+    ],
+)
+def test_a_broken_file_of_targets_is_one_line(text, said):
+    with pytest.raises(ValueError, match=f"^targets.toml: {said}") as error:
+        parsed(text)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("bounds", [{}, {"at_least": 1.0, "at_most": 2.0}])
