@@ -27,6 +27,7 @@ LINE = ["tokens", "phase", "scope"]
 Line = tuple[int, str, str]
 # What of the fastest arm is said beside its time: title, column, factor.
 SHARES = (("S-MBU %", "s_mbu", 100), ("S-MFU %", "s_mfu", 100), ("TFLOP/s", "tflops", 1))
+LEAST_SAMPLES = 3  # one or two have no spread to tell of
 VERSUS_SECOND = "fastest against second"
 CEILING = ("of ceiling %", "limit_fraction", 100)
 
@@ -131,7 +132,8 @@ class _Group:
         statuses = [str(each["status"]).replace("_", " ") for each in rows]
         if row is None:
             return short(", ".join(dict.fromkeys(statuses))) or "—"
-        half = 50 * (row["latency_ms_high"] - row["latency_ms_low"]) / row["latency_ms"]
+        few = row["samples"] < LEAST_SAMPLES
+        half = np.nan if few else 50 * (row["latency_ms_high"] - row["latency_ms_low"]) / row["latency_ms"]
         number = significant(row["latency_ms"])
         text = (f"**{number}**" if best else number) + ("" if pd.isna(half) else f" ±{significant(half, 2)} %")
         lost = [status for status in statuses if status != "measured"]
@@ -209,7 +211,8 @@ def _middle(rows: list[Row]) -> Row | None:
 def _cells(part: pd.DataFrame) -> dict[Line, dict[str, list[Row]]]:
     """Line -> variant -> rows, one for each replicate."""
     found: dict[Line, dict[str, list[Row]]] = {}
-    for row in part.drop(columns=["samples_ms", "sample_round"]).to_dict("records"):
+    counted = part.assign(samples=part["samples_ms"].str.len())
+    for row in counted.drop(columns=["samples_ms", "sample_round"]).to_dict("records"):
         line = int(row["tokens"]), str(row["phase"]), str(row["scope"])
         found.setdefault(line, {}).setdefault(str(row["variant"]), []).append(row)
     return found

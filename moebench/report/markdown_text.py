@@ -11,11 +11,14 @@ LONGEST = 300  # characters of a text from a file
 LETTERS = "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻ"
 # What GitHub's Markdown, its mathematics and its emoji would take for markup.
 _MARKUP = re.compile(r"[\\`*_{}\[\]<>|#~$&@!]|:(?=//|[a-z0-9_+-]+:)|(?<=\bwww)\.", re.IGNORECASE)
+# What begins a list, a rule or an underline where it begins a line.
+_OPENING = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$))|(?=[-+=]))")
 
 
 def escaped(text: str) -> str:
     """Text that Markdown and the HTML inside it leave as it is, on one line."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(_visible(text).split()))
+    plain = " ".join(_visible(text).split())
+    return _OPENING.sub(r"\1\\", _MARKUP.sub(r"\\\g<0>", plain))
 
 
 def short(text: str) -> str:

@@ -53,6 +53,13 @@ def test_a_tie_and_too_few_rounds_are_said():
     assert line[-1] == "— (shared rounds: 2)"
 
 
+def test_of_one_or_two_samples_there_is_no_interval():
+    ((_, (_, line), _),), _ = tables_of(
+        arm("triton", 1.0), arm("torch-loop", 2.0, samples_ms=[2.0, 2.0], sample_round=[0, 1])
+    )
+    assert line[1:3] == ["**1.00** ±2.0 %", "2.00"]
+
+
 def test_arms_of_different_blocks_have_no_ratio():
     ((_, (_, line), _),), _ = tables_of(arm("triton", 1.0, block_id="b1"), arm("torch-loop", 2.0, block_id="b2"))
     assert line[-1] == "—"

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -347,3 +348,20 @@ publishing.publish([Path(sys.argv[1])], Path(sys.argv[2]))
     assert (number == signal.SIGKILL) == bool(left)
     (done,) = publish([small], into)
     assert os.listdir(into) == [done.path.name], "the next one sweeps up"
+
+
+def test_a_folder_that_cannot_be_put_in_its_place_leaves_the_old_one_there(tmp_path, undrawn, small, monkeypatch):
+    (done,) = publish([small], tmp_path / "reports")
+    before = contents(tmp_path)
+    rename = Path.rename
+
+    def fails(self, target):
+        if self.suffix == ".partial" and not Path(target).suffix:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        publish([small], tmp_path / "reports", replace=True)
+    assert contents(tmp_path) == before
+    assert os.listdir(tmp_path / "reports") == [done.path.name]
