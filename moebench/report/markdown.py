@@ -105,7 +105,7 @@ def utc(text: str) -> datetime:
 
 def _when(manifest: Manifest) -> str:
     try:
-        return f"{utc(manifest.started_at):%Y-%m-%d %H:%M} UTC"
+        return f"{utc(manifest.started_at).replace(tzinfo=None).isoformat(' ', 'minutes')} UTC"
     except (ValueError, OverflowError):
         return short(manifest.started_at)
 
@@ -141,7 +141,8 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _listed(values: Mapping[str, Any], forms: Sequence[tuple[str, str]]) -> str:
-    return " · ".join(form.format(values[name]) for name, form in forms if values.get(name) is not None)
+    known = ((form, values[name]) for name, form in forms if values.get(name) is not None)
+    return " · ".join(form.format(f"{value:g}" if isinstance(value, float) else value) for form, value in known)
 
 
 def _verdicts(rows: pd.DataFrame) -> list[str]:

@@ -116,7 +116,7 @@ def folder_name(manifest: Manifest) -> str:
     """
     device, suite = _device_slug(manifest), _slug(manifest.suite, "suite")
     suite = suite.removeprefix(f"{device}-") if suite != device else ""
-    return "-".join(part for part in (f"{utc(manifest.started_at):%Y-%m-%d}", device, suite) if part)
+    return "-".join(part for part in (utc(manifest.started_at).date().isoformat(), device, suite) if part)
 
 
 def _device_slug(manifest: Manifest) -> str:

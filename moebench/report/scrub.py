@@ -43,6 +43,12 @@ _METHOD = (
 )
 _ALWAYS = "HOME|USER|LOGNAME|HOSTNAME|HOST|PWD|OLDPWD|PATH|SHELL|MAIL|TMP|TEMP|TMPDIR"
 _VARIABLE = re.compile(rf"\b(?!(?:{_METHOD})_)((?:{_ALWAYS})|[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)=(?:'[^']*'|\"[^\"]*\"|\S+)")
+# Facts about a machine that say nothing of what it can do.
+_PRIVATE_KEY = re.compile(
+    r"host(_?name)?|node(_?name)?|fqdn|user(_?name)?|login|home|cwd|env(iron(ment)?)?|argv|ip(_?address)?|mac|"
+    r".*(uuid|serial).*",
+    re.IGNORECASE,
+)
 # Names that say nothing of anybody.
 _NOBODY = {"root", "user", "users", "home", "admin", "runner", "ubuntu", "debian", "test", "host", "localhost", "local"}
 
@@ -56,6 +62,7 @@ def scrubbed(manifest: Manifest, table: pa.Table) -> tuple[Manifest, pa.Table]:
     clean = _cleaner(manifest, table)
     before = manifest.model_dump(exclude={"published"})
     after = {name: _cleaned(value, clean) for name, value in before.items()}
+    after["machine"] = {key: value for key, value in after["machine"].items() if not _PRIVATE_KEY.fullmatch(key)}
     cleaned_table, columns = _cleaned_table(table, clean)
     changed = [name for name in before if before[name] != after[name]] + [f"column {name}" for name in columns]
     earlier = manifest.published or []

@@ -113,6 +113,13 @@ def test_of_replicates_the_middle_one_with_all_their_flags_and_losses():
     assert line == ["16", "**2.00** ±2.0 % (1 of 4 crashed) ᵃᵇ"]
 
 
+def test_of_the_ratios_of_replicates_the_middle_one_each_in_its_own_process():
+    rows = [arm("triton", 1.0, replicate=n) for n in range(3)]
+    rows += [arm("torch-loop", ms, replicate=n) for n, ms in enumerate([4.0, 2.0, 3.0])]
+    ((_, (_, line), _),), _ = tables_of(*rows)
+    assert line == ["16", "**1.00** ±2.0 %", "3.00 ±2.0 %", "3.00× (3.00–3.00)"]
+
+
 def test_utilisation_and_share_of_the_ceiling_are_the_fastest_arms():
     use = {"s_mbu": 0.777, "s_mfu": 0.0123, "limit_fraction": 0.9}
     ((_, (head, line), _),), _ = tables_of(arm("triton", 1.0, **use), arm("torch-loop", 2.0, s_mbu=0.1))

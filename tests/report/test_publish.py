@@ -148,7 +148,7 @@ def test_the_page_says_what_where_how_and_what_is_missing(tmp_path, undrawn):
     for line in (
         "# h200-decode on NVIDIA H200",
         "> **Measured from a checkout with uncommitted changes:** its commit alone does not reproduce it.",
-        "| device | NVIDIA H200 · driver 570.86 · limit 700.0 W |",
+        "| device | NVIDIA H200 · driver 570.86 · limit 700 W |",
         "To measure it again, on commit `abc123`:",
         "moebench run suite h200-decode",
         "| tokens | triton | torch-grouped | deepgemm | S-MBU % | triton against best other |",
@@ -215,6 +215,7 @@ def test_hostile_text_is_no_markup_and_leaves_every_table_its_columns(tmp_path, 
         ({"suite": "..", "device": "/"}, "2026-10-01-device-suite"),
         ({"suite": "Größe+數"}, "2026-10-01-synthetic-cpu-2-cores-groe"),
         ({"suite": "x" * 300}, f"2026-10-01-synthetic-cpu-2-cores-{'x' * 60}"),
+        ({"started_at": "0001-01-01"}, "0001-01-01-synthetic-cpu-2-cores-quick"),
         ({"started_at": "2026-10-01T09:00:00"}, "2026-10-01-synthetic-cpu-2-cores-quick"),
     ],
 )

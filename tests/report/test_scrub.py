@@ -99,7 +99,7 @@ def test_the_manifest_is_cleaned_and_says_where(tmp_path):
             "joined": [f"{HOME}/k.py:f"],
             "files": {f"{HOME}/t.safetensors": "abc"},
             "providers": {f"{HOME}/k.py:f": {"version": None, "hash": "ab"}, "triton": {"unavailable": f"{HOME}/x.so"}},
-            "machine": {"cpu": "CPU", "held_cores": [0, 1], "note": f"{HOME}/y"},
+            "machine": {"cpu": "CPU", "held_cores": [0, 1], "note": f"{HOME}/y", "hostname": "x", "gpu_uuid": "GPU-1"},
         }
     )
     rows = results(tmp_path, record(f"{HOME}/k.py:f", [1.0, 2.0], traffic=f"trace:{HOME}/t.safetensors@3"))
@@ -108,6 +108,7 @@ def test_the_manifest_is_cleaned_and_says_where(tmp_path):
     assert "secret" not in clean.model_dump_json()
     assert clean.command == "moebench run suite s.toml --out run1 --provider k.py:f"
     assert clean.joined == ["k.py:f"] == [name for name in clean.providers if name != "triton"]
+    assert clean.machine == {"cpu": "CPU", "held_cores": [0, 1], "note": "y"}
     assert clean.files == {"t.safetensors": "abc"}
     assert table["provider"].to_pylist() == ["k.py:f"]
     assert table["traffic"].to_pylist() == ["trace:t.safetensors@3"]
