@@ -136,8 +136,8 @@ def test_a_graph_that_does_not_follow_its_inputs_is_wrong() -> None:
 
 @pytest.mark.parametrize(("late_ms", "wrong"), [(0.0, False), (5.0, True)])
 def test_work_on_a_stream_of_its_own_is_wrong(monkeypatch: pytest.MonkeyPatch, late_ms: float, wrong: bool) -> None:
-    """The device is waited for `late_ms` longer than the stream that was timed."""
-    arm, timer, latency_ms = timed_arm("torch-loop")
+    """The device is waited for `late_ms` longer than the stream that was timed, of a call that took 1 ms."""
+    arm, timer, _ = timed_arm("torch-loop")
     clock = SimpleNamespace(now=0, busy=0)
 
     def synchronize() -> None:
@@ -151,6 +151,6 @@ def test_work_on_a_stream_of_its_own_is_wrong(monkeypatch: pytest.MonkeyPatch, l
     arm.call = called  # type: ignore[method-assign]
     monkeypatch.setattr(product, "torch", SimpleNamespace(**{**vars(torch), "cuda": cuda}))
     monkeypatch.setattr(product, "time", SimpleNamespace(perf_counter_ns=lambda: clock.now, sleep=lambda seconds: None))
-    found = product._computed_again(arm, timer, latency_ms, "cuda")
+    found = product._computed_again(arm, timer, 1.0, "cuda")
     assert (found == "the device went on working after the stream it was called on was done") == wrong
     assert (found is None) == (not wrong)
