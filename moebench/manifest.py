@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -166,7 +167,10 @@ def _state(facts: dict[str, Any]) -> str:
 
 
 def _git() -> dict[str, Any]:
-    """Commit and dirtiness of the checkout that moebench runs from; nulls outside one."""
+    """Commit and dirtiness of the checkout that moebench runs from.
+
+    Outside one the commit is what `MOEBENCH_COMMIT` says, if anything: a tree that was copied without its history.
+    """
     here = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str | None:
@@ -179,5 +183,17 @@ def _git() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     if git("ls-files", "--error-unmatch", "moebench/run.py") is None:
-        return {"git_commit": None, "git_dirty": None}
+        return {"git_commit": stated_commit(), "git_dirty": None}
     return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
+
+
+def stated_commit() -> str | None:
+    """What `MOEBENCH_COMMIT` says.
+
+    Raises:
+        ValueError: it is no commit's full name.
+    """
+    stated = os.environ.get("MOEBENCH_COMMIT", "").strip().lower()
+    if stated and not re.fullmatch("[0-9a-f]{40}", stated):
+        raise ValueError(f"MOEBENCH_COMMIT is {shown(stated)}; it must be the 40 hex digits of `git rev-parse HEAD`")
+    return stated or None

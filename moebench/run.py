@@ -18,7 +18,7 @@ from moebench.catalogue.hardware import Hardware, hardware_table
 from moebench.expand import VARIANT_DEFAULTS
 from moebench.failures import RunError
 from moebench.journal import Keys
-from moebench.manifest import new_manifest, now, require_same, yardstick_facts
+from moebench.manifest import new_manifest, now, require_same, stated_commit, yardstick_facts
 from moebench.options import Options
 from moebench.point import Block
 from moebench.providers import is_file, is_yardstick
@@ -79,10 +79,11 @@ def run_suite(
         start: makes a worker, from its log and what to add to its environment; a `Remote` by default.
 
     Raises:
-        ValueError: the folder, the hardware file, a provider file or a resume that does not fit.
+        ValueError: the folder, the hardware file, MOEBENCH_COMMIT, a provider file or a resume that does not fit.
         RunError: the worker does not start, or the folder cannot be written any more.
     """
     table = hardware_table(options.hardware)
+    stated_commit()  # a bad one is said now
     directory = RunDirectory(options.out)
     with directory.opened(resume=options.resume) as before, stops_on_sigterm():
         try:

@@ -117,6 +117,8 @@ def _doubts(manifest: Manifest) -> list[str]:
         said.append("**Measured from a checkout with uncommitted changes:** its commit alone does not reproduce it.")
     if manifest.git_commit is None:
         said.append("**The commit is unknown:** moebench did not run from a checkout; providers have hashes of source.")
+    elif manifest.git_dirty is None:
+        said.append("**The commit is as `MOEBENCH_COMMIT` said:** whether its files were changed is not known.")
     if manifest.finished != "complete":
         said.append("**This run is not complete.**")
     return [line for text in said for line in (f"> {text}", "")]

@@ -134,10 +134,11 @@ def made_with(published: Sequence[Published]) -> str:
 
 
 def commit(manifest: Manifest) -> str:
-    """Ten digits of the commit; with `+ changes` where the tree had some."""
+    """Ten digits of the commit; with `+ changes` where the tree had some, `as stated` where nobody looked."""
     if manifest.git_commit is None:
         return "unknown"
-    return manifest.git_commit[:10] + (" + changes" if manifest.git_dirty else "")
+    state = {True: " + changes", False: "", None: " (as stated)"}[manifest.git_dirty]
+    return manifest.git_commit[:10] + state
 
 
 def _joined(values: Iterable[str]) -> str:

@@ -25,8 +25,8 @@ H200 = [
     "h200-stages", "h200-train",
 ]  # fmt: skip
 NAMES = sorted([*EVERYWHERE, *H200])
-# Those that need no other library and compute the layer, and the one yardstick that is the price of its sparsity; without
-# the compiler's race of templates, which takes minutes.
+# Those that need no other library and compute the layer, and the one yardstick that is the price of its sparsity;
+# without the compiler's race of templates, which takes minutes.
 OURS = {name for name, listing in PROVIDERS.items() if listing.needs is None} - set(LAYER_FORMS)
 OURS -= {"torch-compile-max-autotune"}
 
