@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_arms import layer_of
+from core_arms import arm_of, bench_of, layer_of
 
 from moebench import workload
 from moebench.measure.errors import errors_of
@@ -163,6 +163,23 @@ def test_a_failure_without_a_point_is_no_fault_of_the_worker() -> None:
     failed, closed = answers(Worker(), {"do": "open", "problem": {}, "precisions": []}, {"do": "close"})
     assert failed["status"] == "failed"
     assert closed == {}
+
+
+def test_gradients_of_the_call_before_are_not_resident_when_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what a call returns: freed only inside it, they would be taken off what it needs."""
+    arm = arm_of("torch-loop", bench_of(LAYER, 8, direction="forward_backward"))
+    arm.call(0)
+    worker, kept = Worker(), []
+    worker.arms = {0: arm}
+
+    def peak(call: Any, kind: str) -> tuple[int, None]:
+        kept.extend(name for name, value in arm.weights.tensors().items() if value.grad is not None)
+        return 1, None
+
+    assert arm.weights.w_down.grad is not None
+    monkeypatch.setattr("moebench.worker.memory.peak_memory", peak)
+    assert worker.memory(0)["peak_memory_bytes"] == 1
+    assert kept == []
 
 
 # Errors
