@@ -17,8 +17,6 @@ from moebench.check import Verdict, judge
 from moebench.point import DRAWS, DROPLESS, Problem, Variant
 from moebench.providers.base import Provider
 from moebench.providers.case import Case
-from moebench.routing.build import with_capacity
-from moebench.routing.statistics import statistics
 from moebench.weights import Weights, make_weights
 from moebench.workload import Draw, Inputs, make_inputs
 
@@ -135,13 +133,12 @@ class Arm:
 
     def routing_facts(self) -> dict[str, float | None]:
         """Means over the timed draws: kept rows, executed FLOPs, and the statistics of the routing."""
-        draws = [with_capacity(draw.routing, self.variant.capacity) for draw in self.bench.draws[:DRAWS]]
-        kept = [draw.counts()[: self.case.layer.routed_experts] for draw in draws]
+        routed = self.bench.routed(self.variant.capacity)
         facts: dict[str, list[float | None]] = {
-            "kept": [float(counts.sum()) for counts in kept],
-            "executed_flops": [self.provider.executed_flops(self.case, counts) for counts in kept],
+            "kept": [float(draw.counts.sum()) for draw in routed],
+            "executed_flops": [self.provider.executed_flops(self.case, draw.counts) for draw in routed],
         }
-        found = [statistics(draw) for draw in draws]
+        found = [draw.statistics for draw in routed]
         facts |= {name: [each[name] for each in found] for name in found[0]}
         return {name: _mean(values) for name, values in facts.items()}
 

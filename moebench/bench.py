@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moebench.catalogue.spec import LayerSpec
 from moebench.expected import coupled
-from moebench.point import Problem
-from moebench.routing.forms import TopK
+from moebench.point import DRAWS, Capacity, Problem
+from moebench.routing.build import with_capacity
+from moebench.routing.forms import Routing, TopK
 from moebench.routing.logits import impose_logits
 from moebench.routing.scores import Side
+from moebench.routing.statistics import statistics
 from moebench.weights import Weights, make_weights, seed_of
 from moebench.workload import Draw, can_impose, make_draws
 
 TWIN_TOKENS, TWIN_WIDTH, TWIN_FFN = 16, 64, 32
+
+
+class Routed(NamedTuple):
+    """A timed draw's routing under a capacity rule, the rows each expert keeps, and its statistics."""
+
+    routing: Routing
+    counts: Tensor
+    statistics: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Bench:
     tampered: set[str] = field(default_factory=set)  # weights that some arm changed while the arms were timed
     copies: list[Weights] = field(default_factory=list)  # the same weights again, to rotate over
     copied_sums: list[dict[str, Tensor]] = field(default_factory=list)
+    routings: dict[Capacity, list[Routed]] = field(default_factory=dict)
 
     @cached_property
     def row_sums(self) -> dict[str, Tensor]:
@@ -43,6 +54,14 @@ class Bench:
     def held(self) -> list[tuple[Weights, dict[str, Tensor]]]:
         """The weights and every copy of them, each with its row sums when nobody had run on it."""
         return [(self.weights, self.row_sums), *zip(self.copies, self.copied_sums, strict=True)]
+
+    def routed(self, capacity: Capacity) -> list[Routed]:
+        """The timed draws under a capacity rule; once for all arms, as 32k tokens take a second a draw."""
+        if capacity not in self.routings:
+            kept = [with_capacity(draw.routing, capacity) for draw in self.draws[:DRAWS]]
+            experts = self.problem.layer.routed_experts
+            self.routings[capacity] = [Routed(each, each.counts()[:experts], statistics(each)) for each in kept]
+        return self.routings[capacity]
 
     def copy(self, number: int) -> Weights:
         """Copy `number`, which all arms share; 0 is the weights themselves."""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moebench.arm import Arm, tensors_in
 from moebench.point import DRAWS
-from moebench.routing.build import with_capacity
 from moebench.work import variant_work
 from moebench.yardsticks import Yardstick
 
@@ -75,5 +74,4 @@ def _rotating_bytes(arm: Arm, active: list[Tensor], copies: int, rotation: int) 
 
 def _active(arm: Arm) -> list[Tensor]:
     """bool [E] for each draw: the experts that keep a token."""
-    routings = [with_capacity(draw.routing, arm.variant.capacity) for draw in arm.bench.draws[:DRAWS]]
-    return [routing.counts()[: arm.case.layer.routed_experts] > 0 for routing in routings]
+    return [draw.counts > 0 for draw in arm.bench.routed(arm.variant.capacity)]
