@@ -30,7 +30,9 @@ MAX_ROUNDS = 2000
 LOOK_AGAIN = 1.1
 FEW_SAMPLES, STALLED = 5, 3  # below 5 samples a point may take 3 times its time
 NOTHING_TO_COMPARE = "no arm of this block can be timed here"
-BYTES_PER_SECOND = 50e6  # a slow host still makes this much of weights and oracle: lengthens deadlines of large layers
+# So much of weights and oracle a slow host still makes, or a GPU: lengthens deadlines of large layers. What hangs on a
+# GPU must not cost a quarter of an hour.
+BYTES_PER_SECOND = {"cpu": 50e6, "cuda": 2e9}
 
 
 class Asking(Protocol):
@@ -76,7 +78,7 @@ class BlockRun:
         self.state_flags: list[str] = []
         self._asked: Entry | None = None
         self._random = random.Random(digest(block.problem))
-        self._large_s = 4.0 * block.problem.layer.total_params() / BYTES_PER_SECOND
+        self._large_s = 4.0 * block.problem.layer.total_params() / BYTES_PER_SECOND[settings.device_kind]
 
     def run(self) -> list[Entry]:
         """Every entry, measured or with a status and its reason."""
