@@ -59,11 +59,16 @@ def require_memory(case: Case, device: torch.device) -> None:
     """Raise MemoryError where the copies of the weights cannot fit: on a CPU the system would kill the process."""
     size = case.layer.expert_params() * DTYPES[case.precision].itemsize
     needed = case.tokens * case.layer.top_k * size * COPIES[case.direction]
-    left = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    left = _cuda_left(device) if device.type == "cuda" else psutil.virtual_memory().available
     if needed > left:
         raise MemoryError(
             f"batched_mm copies the weights for every assignment: {needed / 1e9:.3g} GB of {left / 1e9:.3g} GB left"
         )
+
+
+def _cuda_left(device: torch.device) -> int:
+    """Bytes that are free or in PyTorch's cache."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def loop_limits(case: Case) -> str | None:
