@@ -3,6 +3,7 @@
     python -m moebench_suites.harness_cost run [NAME|FILE]    a real run: its overhead as a share and in ms a point
     python -m moebench_suites.harness_cost parent             the parent alone, to 100,000 points: ms, peak memory
     python -m moebench_suites.harness_cost worker             the worker's memory over many blocks
+    python -m moebench_suites.harness_cost device             of a GPU: its readings, the profiler, a layer's draws
     python -m moebench_suites.harness_cost estimates RUN...   what `--dry-run` says against what runs took
 
 `parent` has a worker of straw in its own process, which answers at once and has no torch: what is
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,66 @@ def worker(points: int) -> None:
         suite = load_suite([str(straw_suite(Path(folder), points))])
         run_suite(suite, Options(Path(folder) / "run", device="cpu"), Progress(block_done=block_done))
     _print(rows[9 :: max(1, len(rows) // 10)])
+
+
+@main.command()
+@click.option("--device", "kind", type=click.Choice(("cpu", "cuda")), default="cuda", show_default=True)
+@click.option("--model", default="deepseek-v3", show_default=True)
+@click.option("--tokens", type=int, default=32768, show_default=True)
+def device(kind: str, model: str, tokens: int) -> None:
+    """What a GPU's suites spend beside measuring: a reading of its state, a profiled burst, a layer's making."""
+    from moebench.measure.device import StateProbe
+
+    probe = StateProbe(kind)
+    probe.begin()
+    rows = [{"what": "a reading of the state, after each burst", "ms": _mean_ms(lambda: probe.sample(0), 10)}]
+    if kind == "cuda":
+        rows.append({"what": "a burst of three calls under the profiler", "ms": _profiled_ms()})
+    _print(rows + _layer_rows(kind, model, tokens))
+
+
+def _layer_rows(kind: str, model: str, tokens: int) -> list[Row]:
+    from moebench.catalogue.models import resolve_layer
+    from moebench.point import Problem
+    from moebench.routing.statistics import statistics
+    from moebench.weights import make_weights
+    from moebench.workload import make_draw
+
+    layer = resolve_layer(model)[1].layer
+    made: dict[str, Any] = {}
+
+    def keep(name: str, make: Callable[[], Any]) -> float:
+        return _mean_ms(lambda: made.__setitem__(name, make()), 1)
+
+    weights = keep("weights", lambda: make_weights(layer, "bf16" if kind == "cuda" else "fp32", kind, 0))
+    draw = keep("draw", lambda: make_draw(Problem(model, layer, tokens, "uniform"), made["weights"], 0))
+    counted = keep("statistics", lambda: statistics(made["draw"].routing))
+    return [
+        {"what": f"weights of {model}, once a layer", "ms": weights},
+        {"what": f"a draw of {tokens} tokens, five a block", "ms": draw},
+        {"what": "its routing's statistics, four a block and capacity", "ms": counted},
+    ]
+
+
+def _profiled_ms() -> float:
+    import torch
+
+    from moebench.measure.profiler import kernel_times
+
+    a = torch.randn(1024, 1024, device="cuda")
+    kernel_times(lambda index: a @ a, [0])  # the first one starts the profiler
+    return _mean_ms(lambda: kernel_times(lambda index: a @ a, [0, 1, 2]), 5)
+
+
+def _mean_ms(call: Callable[[], Any], times: int) -> float:
+    import torch
+
+    begin = time.perf_counter()
+    for _ in range(times):
+        call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin) / times
 
 
 @main.command()

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from moebench_suites.harness_cost import Straw, run_rows, straw_suite
+from moebench_suites.harness_cost import main as harness_cost
 from pipeline.stand_in import Answers, StandIn
 
 from moebench import block_run, run
@@ -153,3 +155,11 @@ def test_the_benchmarks_straw_says_what_the_tests_straw_says() -> None:
     for do, reply in Straw().replies.items():
         missing = set(told.ask(do, deadline_s=1.0, **arguments[do])) - set(reply)
         assert do in ("arm", "ceilings") or not missing, (do, missing)
+
+
+def test_the_benchmark_of_a_device_names_what_a_layer_costs() -> None:
+    words = ["device", "--device", "cpu", "--model", "olmoe-1b-7b", "--tokens", "8"]
+    done = CliRunner().invoke(harness_cost, words)
+    assert done.exit_code == 0, done.output
+    for part in ("a reading of the state", "weights of olmoe-1b-7b", "a draw of 8 tokens", "statistics"):
+        assert part in done.output
