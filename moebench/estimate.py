@@ -8,8 +8,7 @@
 
 Yardsticks (copy, read, gemm) are arms of every block. A run with ceilings, measured by an earlier run on this
 machine, is `calibrated`; without, NOMINAL stands in and the answer says `uncalibrated`. Where earlier runs also tell
-how far this model was off in each phase (`moebench.earlier_runs`), its phases are multiplied by that. For a device that
-is not here, shares of its data sheet stand in for ceilings (`data_sheet_ceilings`).
+how far this model was off in each phase (`moebench.earlier_runs`), its phases are multiplied by that.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from moebench.block_run import BURST_S, MAX_BURST, MIN_ROUNDS
-from moebench.catalogue.hardware import Hardware
 from moebench.entry import yardstick_variants
 from moebench.measure.energy_meters import find_meter
 from moebench.point import YARDSTICKS, Block, Point, Problem, Variant, digest
@@ -46,10 +44,11 @@ COMPILE_SECONDS = {  # of torch.compile, for each arm: twice that where nothing 
     "cpu": {"torch-compile": 4.0, "torch-compile-max-autotune": 8.0},
     "cuda": {"torch-compile": 8.0, "torch-compile-max-autotune": 40.0},
 }
-# Of Triton where nothing is cached, once a block and precision, since scopes share their kernels and tiles follow the
-# tokens. Guesses, until a GPU has been timed; `liger` tries several tiles.
-JIT_SECONDS = {"triton": 2.5, "liger": 5.0, "moe-ops": 2.5, "triton-kernels": 2.5, "fbgemm": 5.0}
-SHEET_GEMM, SHEET_MEMORY = 0.75, 0.85  # of the data sheet's dense peak and bandwidth, where nobody reports better
+# Of Triton and the like where nothing is cached, once a block and precision (scopes share their kernels, and tiles
+# follow the tokens) or once a layer. Compiled without a GPU (triton 3.6, two busy cores): ours 40 s for 60 blocks,
+# moe-ops 10 to 20 s a model, fbgemm 20 s a block, liger, which tries over a hundred tiles, 256 s. The others: guesses.
+JIT_SECONDS = {"triton": 1.5, "fbgemm": 20.0}
+LAYER_JIT_SECONDS = {"liger": 200.0, "moe-ops": 15.0, "triton-kernels": 5.0, "sonic-moe": 15.0, "deepgemm": 10.0}
 # Triton's interpreter on the reduced twin, in place of timing: for a layer, and for each expert that is active there.
 INTERPRETER_SECONDS, INTERPRETER_EXPERT_SECONDS, TWIN_TOKENS = 0.3, 0.06, 16
 PROBES = 2  # of the ceilings, beside one for each precision
@@ -121,21 +120,6 @@ def estimate_seconds(
     return Estimate(seconds if total is None else min(seconds, total), basis, blocks, len(sample), phases)
 
 
-def data_sheet_ceilings(hardware: Hardware) -> dict[str, Any]:
-    """What a device that is not here should reach, as a run's ceilings would say it.
-
-    Raises:
-        ValueError: the row has no bf16 peak or no bandwidth.
-    """
-    peak, bandwidth = hardware.bf16_dense_tflops, hardware.mem_bw_gbs
-    if not peak or not bandwidth:
-        raise ValueError(f"{hardware.name}: the hardware table has no bf16 peak or no bandwidth to plan with")
-    share = (hardware.measured_max_bf16_tflops or SHEET_GEMM * peak) / peak
-    peaks = {precision: hardware.peak_tflops(precision) for precision in BYTES_PER_WEIGHT}
-    rates = {precision: share * value for precision, value in peaks.items() if value}
-    return {"gemm_tflops": rates, "copy_gbs": SHEET_MEMORY * bandwidth, "read_gbs": None}
-
-
 def model_hash() -> str:
     """Changes with this file: what another model expected says nothing about this one."""
     return digest(Path(__file__).read_text())
@@ -192,7 +176,8 @@ def _once_phases(suite: Suite, sample: list[Block], kind: DeviceKind) -> Phases:
     """What comes once a run or once a replicate, whatever the blocks are."""
     precisions = {variant.precision for block in sample for variant in block.variants}
     probe = min(2.0, suite.budget.seconds_per_point)
-    return {"starting": START_SECONDS[kind] * suite.replicates, "ceilings": probe * (PROBES + len(precisions))}
+    starting, ceilings = START_SECONDS[kind] * suite.replicates, probe * (PROBES + len(precisions))
+    return {"starting": starting, "ceilings": ceilings, "checking": _layer_jit_seconds(sample, kind)}
 
 
 def _block_phases(block: Block, suite: Suite, rates: Rates) -> Phases:
@@ -204,7 +189,7 @@ def _block_phases(block: Block, suite: Suite, rates: Rates) -> Phases:
     yardsticks = _sum(_arm_phases(Point(problem, variant), suite, rates) for variant in beside)
     shared = {
         "building": _draws_seconds(problem, rates),
-        "checking": _oracle_seconds(block, rates) + _jit_seconds(block, rates),
+        "checking": _oracle_seconds(block, rates) + _jit_seconds(block, rates.kind),
     }
     if arms.get("energy"):
         shared["energy"] = _window_seconds(suite.budget)  # idle, once a block
@@ -273,9 +258,14 @@ def _oracle_seconds(block: Block, rates: Rates) -> float:
     return 2 * (2 * share * work.flops / rates.flops["fp32"] + 3 * work.weight_bytes / rates.bandwidth)
 
 
-def _jit_seconds(block: Block, rates: Rates) -> float:
+def _jit_seconds(block: Block, kind: DeviceKind) -> float:
     arms = {(variant.provider, variant.precision) for variant in block.variants}
-    return sum(JIT_SECONDS.get(provider, 0.0) for provider, _ in arms) if rates.kind == "cuda" else 0.0
+    return sum(JIT_SECONDS.get(provider, 0.0) for provider, _ in arms) if kind == "cuda" else 0.0
+
+
+def _layer_jit_seconds(blocks: list[Block], kind: DeviceKind) -> float:
+    arms = {(block.problem.layer, variant.provider) for block in blocks for variant in block.variants}
+    return sum(LAYER_JIT_SECONDS.get(provider, 0.0) for _, provider in arms) if kind == "cuda" else 0.0
 
 
 def _draws_seconds(problem: Problem, rates: Rates) -> float:

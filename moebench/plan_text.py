@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 from moebench.catalogue.hardware import Hardware
 from moebench.earlier_runs import Known, known_from
-from moebench.estimate import data_sheet_ceilings, estimate_seconds
+from moebench.estimate import estimate_seconds
 from moebench.manifest import suite_hash
 from moebench.options import Options
 from moebench.point import problem_name
 from moebench.suite import Suite
+from moebench.work import BYTES_PER_WEIGHT
 
 SHOWN_BLOCKS = 12
+SHEET_GEMM, SHEET_MEMORY = 0.75, 0.85  # of the data sheet's dense peak and bandwidth, where nobody reports better
 Row = dict[str, Any]
 Kind = Literal["cpu", "cuda"]
 
@@ -51,6 +53,21 @@ def plan_rows(suite: Suite, device: str, runs: Path, elsewhere: Hardware | None 
             "sampled_blocks": estimate.sampled,
         }
     ]
+
+
+def data_sheet_ceilings(hardware: Hardware) -> dict[str, Any]:
+    """What a device that is not here should reach, as a run's ceilings would say it.
+
+    Raises:
+        ValueError: the row has no bf16 peak or no bandwidth.
+    """
+    peak, bandwidth = hardware.bf16_dense_tflops, hardware.mem_bw_gbs
+    if not peak or not bandwidth:
+        raise ValueError(f"{hardware.name}: the hardware table has no bf16 peak or no bandwidth to plan with")
+    share = (hardware.measured_max_bf16_tflops or SHEET_GEMM * peak) / peak
+    peaks = {precision: hardware.peak_tflops(precision) for precision in BYTES_PER_WEIGHT}
+    rates = {precision: share * value for precision, value in peaks.items() if value}
+    return {"gemm_tflops": rates, "copy_gbs": SHEET_MEMORY * bandwidth, "read_gbs": None}
 
 
 def plan_text(suite: Suite, rows: list[Row]) -> str:

@@ -49,7 +49,7 @@ def alone(function: FunctionType) -> FunctionType:
     """A copy that the compiler takes for another function.
 
     It remembers by file, line and name which sizes have changed from call to call, and compiles later cases for any
-    size: slower code for a case only because another one came before it. It also gives up after eight.
+    size: other code for a case only because another one came before it.
     """
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_COPIES)}")
     return FunctionType(code, function.__globals__, code.co_name)

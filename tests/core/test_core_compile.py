@@ -35,7 +35,7 @@ def test_executed_flops_are_those_of_the_form() -> None:
 
 
 def test_a_case_is_compiled_for_its_own_sizes_whatever_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler remembers sizes by function: a second layer would be compiled for any size, a ninth refused."""
+    """The compiler remembers sizes by function: a second layer would be compiled for any size."""
     traced: list[list[Any]] = []
 
     def record(graph: Any, inputs: list[Any]) -> Any:
