@@ -264,8 +264,15 @@ class BlockRun:
             return reply
         if reply.get("fatal"):
             raise WorkerLost("crashed", f"{do}: {reply['reason']}")
-        entry.fail(reply["status"], reply["reason"])
+        entry.fail(reply["status"], reply["reason"] + self._beside(entry, reply["status"]))
         return None
+
+    def _beside(self, entry: Entry, status: str) -> str:
+        """Who else held memory: what did not fit beside them may fit alone."""
+        others = sum(other is not entry and other.role == "arm" for other in self._live())
+        if status != "out_of_memory" or not others:
+            return ""
+        return f" (beside {others} other arms; --provider {entry.variant.provider} tries it alone)"
 
     def _done(self, entry: Entry, rounds: int) -> bool:
         """Known well enough, or out of time (one stalled burst is not yet out of time)."""
