@@ -70,7 +70,7 @@ def pytest_runs(monkeypatch):
 def test_green_tests_are_run_once_for_one_source_and_one_device(pytest_runs, tmp_path, monkeypatch):
     asked, results = pytest_runs
     assert measure_gpu.tested(tmp_path, Clock(time.monotonic() + 60))
-    assert [words[words.index("-m", 3) + 1] for words in asked] == ["gpu", "gpu"]
+    assert [words[words.index("-m", 3) + 1] for words in asked] == ["gpu and not full"] * 2
     assert "tests/gpu" in asked[0]
     assert "tests/kernels" in asked[1]
     assert measure_gpu.tested(tmp_path, Clock(time.monotonic() + 60))
