@@ -74,8 +74,9 @@ def test_ties_go_to_the_earlier_token(kind: str) -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 10**6), st.booleans())
 def test_any_shape_and_ties(tokens: int, experts: int, seed: int, coarse: bool) -> None:
+    """Ties by whole rows: rows of the same logits in another order tie only as far as a sum's order lets them."""
     z = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)).double()
-    z = z.round() if coarse else z
+    z = z[torch.arange(tokens) % 3 % tokens] if coarse else z
     top_k = 1 + seed % experts
     for kind, rule in RULES.items():
         agree(rule(Scores(z), TRAINING, top_k), by_hand(kind, z, top_k))

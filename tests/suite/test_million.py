@@ -1,4 +1,4 @@
-"""A plan of a million points: sized, estimated and looked into in under 10 s and 500 MB."""
+"""A plan of a million points: sized, estimated and looked into in 500 MB and the time of some 200 million additions."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ PLANS = {
     f"seed = {list(range(500))}\ntokens = [1, 2, 4, 8, 16]\nprovider = 'torch-loop'\n",
 }  # fmt: skip
 DRY_RUN = """
-import json, resource, sys
+import json, resource, sys, time
 from itertools import islice
 import moebench.suite
 from moebench.estimate import estimate_seconds
@@ -35,10 +35,14 @@ points, blocks = suite.count("cpu")
 estimate = estimate_seconds(suite, "cpu")
 peek = [block.problem.tokens for block in islice(suite.blocks("cpu"), 3)]
 used = resource.getrusage(resource.RUSAGE_SELF)
+begin, total = time.process_time(), 0
+for number in range(10_000_000):
+    total += number
+yard_s = time.process_time() - begin
 # Not ru_maxrss: a child's begins at the size of the process that forked it, here all of pytest.
 peak_kb = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(json.dumps({"points": points, "blocks": blocks, "seconds": estimate.seconds, "sampled": estimate.sampled,
-    "peek": len(peek), "rss_mb": peak_kb / 1024, "cpu_s": used.ru_utime + used.ru_stime}))
+    "peek": len(peek), "rss_mb": peak_kb / 1024, "cpu_s": used.ru_utime + used.ru_stime, "yard_s": yard_s}))
 """
 
 
@@ -59,5 +63,5 @@ def test_a_million_points_are_planned_in_time_and_memory(tmp_path, plan):
     assert found["seconds"] > 1e5
     assert found["sampled"] >= 128
     assert found["rss_mb"] < 500
-    # CPU time, start of Python included: other tests may share the cores.
-    assert found["cpu_s"] < 10
+    # CPU time, start of Python included, by what this machine takes for 10 million additions: it may be a slow one.
+    assert found["cpu_s"] < 20 * found["yard_s"]
