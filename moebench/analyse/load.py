@@ -144,6 +144,24 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def require_records(table: pa.Table, path: Path) -> None:
+    """Each row is a Record: none has a number without a measurement, or a gap without a reason.
+
+    Raises:
+        ValueError: one is not; names the file `path` and the row.
+    """
+    number = 0
+    for batch in table.to_batches(max_chunksize=1000):
+        for row in batch.to_pylist():
+            number += 1
+            try:
+                Record.model_validate(row)
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(map(str, first["loc"]))
+                raise ValueError(f"{path}: row {number}: {place}{': ' if place else ''}{first['msg']}") from None
+
+
 def read_results(path: Path) -> pa.Table:
     """The columns of a results.parquet, of `arrow_schema`.
 

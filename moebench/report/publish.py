@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from moebench.analyse import Run, load_runs
-from moebench.analyse.load import RESULTS, read_results
+from moebench.analyse.load import RESULTS, read_results, require_records
 from moebench.options import Options, resume_command
-from moebench.record import Manifest, Record
+from moebench.record import Manifest
 from moebench.report.figures import figures, save
 from moebench.report.html import joined
 from moebench.report.markdown import page, utc
@@ -78,25 +76,11 @@ def _fit(run: Run) -> Run:
         raise ValueError(f"{run.path}: {state}; go on with:  {_go_on(run)}")
     if run.table.empty:
         raise ValueError(f"{run.path}: {RESULTS} has no rows")
-    _require_records(read_results(results), results)
+    require_records(read_results(results), results)
     strangers = set(run.table["run_id"]) - {manifest.run_id}
     if strangers:
         raise ValueError(f"{run.path}: {RESULTS} holds rows of another run ({min(strangers)!r:.40})")
     return run
-
-
-def _require_records(table: pa.Table, path: Path) -> None:
-    """Each row is a Record: none has a number without a measurement, or a gap without a reason."""
-    number = 0
-    for batch in table.to_batches(max_chunksize=1000):
-        for row in batch.to_pylist():
-            number += 1
-            try:
-                Record.model_validate(row)
-            except ValidationError as error:
-                first = error.errors()[0]
-                place = ".".join(map(str, first["loc"]))
-                raise ValueError(f"{path}: row {number}: {place}{': ' if place else ''}{first['msg']}") from None
 
 
 def _go_on(run: Run) -> str:

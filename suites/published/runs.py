@@ -9,13 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from moebench.analyse import Run, load_runs
-from moebench.analyse.load import RESULTS
+from moebench.analyse.load import RESULTS, read_results, require_records
 from moebench.analyse.names import BLOCK
-from moebench.record import COLUMNS, Manifest, Record
+from moebench.record import Manifest
 
 
 @dataclass(frozen=True)
@@ -76,15 +74,11 @@ def _require_own_records(run: Run) -> None:
     path = run.path / RESULTS
     if not path.exists():
         raise ValueError(f"{run.path}: has no {RESULTS}")
-    for number, row in enumerate(pq.read_table(path).select(list(COLUMNS)).to_pylist(), 1):
-        try:
-            record = Record(**row)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{path}: row {number}: {place + ': ' if place else ''}{first['msg']}") from None
-        if (record.run_id, record.device) != (run.manifest.run_id, run.manifest.device):
-            raise ValueError(f"{path}: row {number} is of another run or device than manifest.json")
+    require_records(read_results(path), path)
+    own = (run.table["run_id"] == run.manifest.run_id) & (run.table["device"] == run.manifest.device)
+    if not own.all():
+        number = 1 + int(own.to_numpy().argmin())
+        raise ValueError(f"{path}: row {number} is of another run or device than manifest.json")
 
 
 def counting(published: Iterable[Published], device: str, suites: Sequence[str]) -> list[Published]:

@@ -1,4 +1,4 @@
-"""What reading and stand-ins cannot settle: run these first on a new GPU (`pytest -m gpu tests/gpu`, a minute or two).
+"""What reading and stand-ins cannot settle: run these first on a new GPU (`pytest -m gpu tests/gpu`).
 
 If `test_rows_and_weights_past_two_billion_numbers` fails, keep no number of a large shape.
 """

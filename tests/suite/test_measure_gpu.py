@@ -40,6 +40,8 @@ def of(*cases):
         (GREEN, True),
         (of('<testcase><skipped message="needs 40 GB"/></testcase>', "<testcase/>"), True),
         (of('<testcase><skipped message="no CUDA GPU"/></testcase>', "<testcase/>"), False),
+        (of('<testcase><skipped message="needs a CUDA GPU"/></testcase>', "<testcase/>"), False),
+        (of('<testcase><skipped message="TRITON_INTERPRET is set"/></testcase>', "<testcase/>"), False),
         (of('<testcase><skipped message="needs 40 GB"/></testcase>'), False),
         (of("<testcase><failure/></testcase>", "<testcase/>"), False),
         (of("<testcase><error/></testcase>", "<testcase/>"), False),
@@ -89,6 +91,14 @@ def test_a_red_test_is_in_the_way_of_every_number(pytest_runs, tmp_path, monkeyp
     assert done.exit_code == 1
     assert "no number is taken" in done.output
     assert not (tmp_path / "gpu-tests.json").exists()
+
+
+def test_results_are_where_they_are_looked_for_from_any_folder(pytest_runs, tmp_path, monkeypatch):
+    asked, _ = pytest_runs
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure_gpu, "measured", lambda *_: "complete")
+    assert CliRunner().invoke(main, ["--out", "runs"]).exit_code == 0
+    assert f"--junitxml={tmp_path}/runs/gpu-tests-1.xml" in asked[0]
 
 
 def test_it_knows_every_suite_of_its_kind():
